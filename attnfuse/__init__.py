@@ -1,0 +1,1 @@
+"""attnfuse: finds hand-written attention in PyTorch graphs and fuses it."""

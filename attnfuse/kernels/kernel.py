@@ -1,0 +1,62 @@
+"""What a kernel is. To add one: subclass :class:`Kernel` in a file of its own and decorate it with ``@kernel``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from attnfuse.kernels.problem import Problem
+from attnfuse.spec import AttentionSpec
+from attnfuse.target import Target
+
+__all__ = ["Kernel"]
+
+
+class Kernel(ABC):
+    """One way to compute attention. Stateless: one instance serves every call.
+
+    ``name`` identifies it in reports and in the op's ``kernel`` argument; ``devices`` are the target
+    kinds it runs on; ``portable`` says that :meth:`run` is made of ATen operations alone, so that a
+    graph may hold its trace instead of the op.
+    """
+
+    name: ClassVar[str]
+    devices: ClassVar[tuple[str, ...]]
+    portable: ClassVar[bool] = False
+
+    @abstractmethod
+    def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
+        """Every reason why this kernel cannot compute ``problem`` on ``target``; empty when it can."""
+
+    @abstractmethod
+    def cost(self, problem: Problem, target: Target) -> float:
+        """Estimated seconds, forward (and backward when ``problem.training``)."""
+
+    @abstractmethod
+    def run(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> Tensor:
+        """``out [*B, H, M, Dv]`` in value's dtype; shapes as in :mod:`attnfuse.spec`, any strides."""
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key, value and each capture, None where ``needs`` is False."""
+        raise NotImplementedError(f"kernel {self.name} has no backward; its refuses() must say so")

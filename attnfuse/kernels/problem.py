@@ -1,0 +1,69 @@
+"""What is asked of a kernel: a spec, the shapes and dtypes of its operands, and how exact it must be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from attnfuse.spec import AttentionSpec
+
+__all__ = ["Numerics", "Operand", "Problem"]
+
+#: ``faithful`` keeps NaN, infinities and fully masked rows as the source has them; ``fast`` may
+#: treat fully masked rows as zero and finite fills as -inf.
+Numerics = Literal["faithful", "fast"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Shape (symbolic sizes replaced by their hints), dtype and whether a gradient may be asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention to be computed. Shapes as in :mod:`attnfuse.spec`; captures in slot order.
+
+    ``dynamic`` says that sizes may differ from the hints at run time; ``rows_kept`` that every query
+    row is *proven* to keep at least one key, so that fully masked rows cannot occur.
+    """
+
+    spec: AttentionSpec
+    query: Operand
+    key: Operand
+    value: Operand
+    captures: tuple[Operand, ...] = ()
+    dynamic: bool = False
+    rows_kept: bool = False
+    numerics: Numerics = "faithful"
+
+    @property
+    def training(self) -> bool:
+        """Whether any operand needs a gradient."""
+        return any(o.requires_grad for o in (self.query, self.key, self.value, *self.captures))
+
+    @property
+    def rows(self) -> int:
+        """M, query rows of one head."""
+        return self.query.shape[-2]
+
+    @property
+    def keys(self) -> int:
+        """N, keys of one head."""
+        return self.key.shape[-2]
+
+    @property
+    def heads(self) -> int:
+        """Batches times query heads."""
+        return math.prod(self.query.shape[:-2])
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds of both products counted as two each, nothing skipped."""
+        return 2 * self.heads * self.rows * self.keys * (self.query.shape[-1] + self.value.shape[-1])

@@ -1,0 +1,103 @@
+"""What was done, site by site, and why: the answer every door gives beside its result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from attnfuse.errors import Refused
+
+__all__ = ["Certificate", "Fused", "Report", "Site"]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How one fusion was checked: errors against float64 of the source and of the fused node.
+
+    ``mean`` and ``max`` are absolute errors over all inputs tried; ``inputs`` names them;
+    ``skipped`` says why no check ran (empty when it did).
+    """
+
+    seed: int = 0
+    inputs: tuple[str, ...] = ()
+    source_mean: float = 0.0
+    source_max: float = 0.0
+    fused_mean: float = 0.0
+    fused_max: float = 0.0
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One site that was replaced. ``spec`` is its text; ``what`` its features in words.
+
+    ``seconds`` are the gate's estimates: ``{"kernel": 0.001, "unfused": 0.004}``; ``notes`` are what a
+    careful user must know (dropout's random stream, "fast" numerics).
+    """
+
+    node: str
+    source: str
+    spec: str
+    what: str
+    shape: str
+    kernel: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    certificate: Certificate = field(default_factory=Certificate)
+    notes: tuple[str, ...] = ()
+
+
+Site = Fused | Refused
+
+
+@dataclass(frozen=True)
+class Report:
+    """All sites of one graph in graph order, with the time each stage took in seconds."""
+
+    sites: tuple[Site, ...] = ()
+    target: str = "cpu"
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def fused(self) -> tuple[Fused, ...]:
+        return tuple(site for site in self.sites if isinstance(site, Fused))
+
+    @property
+    def refused(self) -> tuple[Refused, ...]:
+        return tuple(site for site in self.sites if isinstance(site, Refused))
+
+    def __add__(self, other: Report) -> Report:
+        """Two graphs of one program (sub-modules, graph breaks) as one report."""
+        keys = {**self.stages, **other.stages}
+        stages = {key: self.stages.get(key, 0.0) + other.stages.get(key, 0.0) for key in keys}
+        return Report(self.sites + other.sites, self.target, stages)
+
+    def to_json(self) -> str:
+        """The whole report; each site carries ``"fused": true`` or ``false``."""
+        sites = [{"fused": isinstance(site, Fused), **asdict(site)} for site in self.sites]
+        return json.dumps({"target": self.target, "stages": self.stages, "sites": sites}, indent=1)
+
+    def __str__(self) -> str:
+        head = f"attention sites: {len(self.sites)}, fused: {len(self.fused)}, refused: {len(self.refused)}"
+        return "\n".join([head, *_grouped(self.sites)])
+
+
+def _grouped(sites: tuple[Site, ...]) -> list[str]:
+    """Equal sites on one line, in order of first appearance: ``24 x scale 0.125, causal -> sdpa``."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(_line(site), []).append(site)
+    return [f"  {len(members):>3} x {line}  ({_names(members)})" for line, members in groups.items()]
+
+
+def _names(members: list[Site]) -> str:
+    first = members[0].node
+    return first if len(members) == 1 else f"{first} ... {members[-1].node}"
+
+
+def _line(site: Site) -> str:
+    match site:
+        case Fused():
+            return f"fused    {site.what} {site.shape} -> {site.kernel}"
+        case Refused():
+            where = f" at {site.source}" if site.source else ""
+            return f"refused  {site.reason}{where}{'; ' + site.remedy if site.remedy else ''}"

@@ -1,0 +1,135 @@
+"""WHAT attention computes: one frozen value, free of any graph, device or tensor.
+
+Shapes, in the order every part of attnfuse keeps them (``*B`` is ``spec.batch`` batch dimensions)::
+
+    query [*B, H, M, D]   key [*B, Hkv, N, D]   value [*B, Hkv, N, Dv]   out [*B, H, M, Dv]
+
+with ``H % Hkv == 0``; query head ``h`` reads key/value head ``h // (H // Hkv)`` (grouped-query
+attention). A batch dimension of key or value may be 1 where the query's is not.
+
+    score  = query . key                                    (one number for each *B, h, m, n)
+    logit  = spec.score(score)
+    weight = exp(logit) / (sum over n of exp(logit) + exp(spec.sink))
+    out    = sum over n of dropout(spec.weight(weight)) * value
+
+A row whose logits are all -inf is NaN when there is no sink, as in the written-out program.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from attnfuse.errors import BadProgram
+from attnfuse.score import Apply, Capture, Expr, Index, P, Prob, S, Score, Symbol, parse, text, walk
+
+__all__ = ["SCORE_AXES", "AttentionSpec", "Captured", "axes_of"]
+
+#: The axes of a score after its batch axes.
+SCORE_AXES = ("h", "m", "n")
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A tensor the program reads: the score axes it varies along, and its dtype (``"bool"``, ``"float32"``...).
+
+    The tensor itself has the rank of the scores, ``[*B, H, M, N]``, with size 1 along every axis that
+    is not named in ``axes``: it broadcasts.
+    """
+
+    axes: tuple[str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention, as the module docstring defines it. Raises :class:`BadProgram` when ill-formed."""
+
+    score: Expr = S
+    weight: Expr = P
+    sink: Expr | None = None
+    dropout: float = 0.0
+    captures: tuple[Captured, ...] = ()
+    batch: int = 1
+    symbols: int = 0
+
+    def __post_init__(self) -> None:
+        self._check("score", self.score, forbidden=(Prob,))
+        self._check("weight", self.weight, forbidden=(Score,))
+        if self.sink is not None:
+            self._check("sink", self.sink, forbidden=(Score, Prob))
+            if "n" in axes_of(self.sink, self.captures):
+                raise BadProgram(f"the sink {text(self.sink)!r} varies along the keys")
+        if not 0.0 <= self.dropout <= 1.0:
+            raise BadProgram(f"dropout probability {self.dropout} is not between 0 and 1")
+
+    def _check(self, what: str, program: Expr, forbidden: tuple[type, ...]) -> None:
+        for part in walk(program):
+            match part:
+                case Capture(slot) if slot >= len(self.captures):
+                    raise BadProgram(f"the {what} program reads t{slot}, of {len(self.captures)} captures")
+                case Symbol(slot) if slot >= self.symbols:
+                    raise BadProgram(f"the {what} program reads z{slot}, of {self.symbols} sizes")
+                case Index(axis) if axis not in self.axes:
+                    raise BadProgram(f"the {what} program reads index {axis}; there are {', '.join(self.axes)}")
+                case _ if isinstance(part, forbidden):
+                    raise BadProgram(f"the {what} program reads {text(part)!r}")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The score's axes in order: ``("b0", "h", "m", "n")`` for ``batch == 1``."""
+        return (*(f"b{i}" for i in range(self.batch)), *SCORE_AXES)
+
+    def to_text(self) -> str:
+        """One line of JSON, with programs in their text form; the op carries it."""
+        return json.dumps(
+            {
+                "score": text(self.score),
+                "weight": text(self.weight),
+                "sink": None if self.sink is None else text(self.sink),
+                "dropout": self.dropout,
+                "captures": [f"{c.dtype}[{','.join(c.axes)}]" for c in self.captures],
+                "batch": self.batch,
+                "symbols": self.symbols,
+            }
+        )
+
+    @staticmethod
+    def from_text(source: str) -> AttentionSpec:
+        """The inverse of :meth:`to_text`. Raises :class:`BadProgram`."""
+        try:
+            raw = json.loads(source)
+            return AttentionSpec(
+                score=parse(raw["score"]),
+                weight=parse(raw["weight"]),
+                sink=None if raw["sink"] is None else parse(raw["sink"]),
+                dropout=float(raw["dropout"]),
+                captures=tuple(map(_captured, raw["captures"])),
+                batch=int(raw["batch"]),
+                symbols=int(raw["symbols"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadProgram(f"not an attention spec: {source!r} ({error})") from None
+
+
+def _captured(source: str) -> Captured:
+    dtype, _, axes = source.rstrip("]").partition("[")
+    return Captured(tuple(filter(None, axes.split(","))), dtype)
+
+
+def axes_of(program: Expr, captures: Iterable[Captured]) -> frozenset[str]:
+    """The axes along which a program's value can vary, taking ``s`` and ``p`` to vary along all."""
+    known = tuple(captures)
+    found: set[str] = set()
+    for part in walk(program):
+        match part:
+            case Index(axis):
+                found.add(axis)
+            case Capture(slot):
+                found.update(known[slot].axes)
+            case Score() | Prob():
+                found.update((*SCORE_AXES, *(a for c in known for a in c.axes)))
+            case Apply() | Symbol():
+                pass
+    return frozenset(found)
