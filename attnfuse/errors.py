@@ -11,7 +11,8 @@ class AttnfuseError(Exception):
     """Base of all errors that attnfuse raises on purpose."""
 
 
-@dataclass(frozen=True)
+# not frozen: Python writes tracebacks and notes into an exception while it is raised
+@dataclass(unsafe_hash=True)
 class Refused(AttnfuseError):
     """A place in the graph that is not fused, and why.
 
@@ -23,6 +24,10 @@ class Refused(AttnfuseError):
     node: str = ""
     source: str = ""
     remedy: str = ""
+
+    def __post_init__(self) -> None:
+        # copying and pickling an exception go through its args
+        super().__init__(self.reason, self.node, self.source, self.remedy)
 
     def __str__(self) -> str:
         where = f" [{self.node}{' at ' + self.source if self.source else ''}]" if self.node else ""

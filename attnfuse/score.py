@@ -204,7 +204,10 @@ def parse(source: str) -> Expr:
     try:
         return _parse(ast.parse(source, mode="eval").body)
     except SyntaxError as error:
-        raise BadProgram(f"not an expression: {source!r} ({error.msg})") from None
+        raise BadProgram(f"not an expression: {source[:80]!r} ({error.msg})") from None
+    # NUL and lone surrogates; nesting that the parser or we cannot follow
+    except (ValueError, MemoryError, RecursionError) as error:
+        raise BadProgram(f"not an expression: {source[:80]!r} ({type(error).__name__})") from None
 
 
 def _parse(node: ast.expr) -> Expr:

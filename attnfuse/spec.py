@@ -55,6 +55,11 @@ class AttentionSpec:
     symbols: int = 0
 
     def __post_init__(self) -> None:
+        if self.batch < 0 or self.symbols < 0:
+            raise BadProgram(f"{self.batch} batch dimensions, {self.symbols} symbolic sizes: neither may be negative")
+        for captured in self.captures:
+            if captured.axes != tuple(axis for axis in self.axes if axis in captured.axes):
+                raise BadProgram(f"a capture along {captured.axes}; its axes must be among {self.axes}, in that order")
         self._check("score", self.score, forbidden=(Prob,))
         self._check("weight", self.weight, forbidden=(Score,))
         if self.sink is not None:
@@ -109,8 +114,8 @@ class AttentionSpec:
                 batch=int(raw["batch"]),
                 symbols=int(raw["symbols"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadProgram(f"not an attention spec: {source!r} ({error})") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadProgram(f"not an attention spec: {source[:80]!r} ({error})") from None
 
 
 def _captured(source: str) -> Captured:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -12,7 +13,19 @@ from attnfuse.kernels.problem import Problem
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
-__all__ = ["Kernel"]
+__all__ = ["Kernel", "Residual"]
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What the forward left for the backward: its ``out`` and, where it was asked for, its ``lse``.
+
+    ``grad_lse [*B, H, M]`` is the gradient that reached the returned lse, None when none did.
+    """
+
+    out: Tensor
+    lse: Tensor | None = None
+    grad_lse: Tensor | None = None
 
 
 class Kernel(ABC):
@@ -20,12 +33,15 @@ class Kernel(ABC):
 
     ``name`` identifies it in reports and in the op's ``kernel`` argument; ``devices`` are the target
     kinds it runs on; ``portable`` says that :meth:`run` is made of ATen operations alone, so that a
-    graph may hold its trace instead of the op.
+    graph may hold its trace instead of the op; ``gives_lse`` that :meth:`run_with_lse` and
+    :meth:`backward` know the lse; ``saves_lse`` that the backward is faster when the forward kept it.
     """
 
     name: ClassVar[str]
     devices: ClassVar[tuple[str, ...]]
     portable: ClassVar[bool] = False
+    gives_lse: ClassVar[bool] = False
+    saves_lse: ClassVar[bool] = False
 
     @abstractmethod
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
@@ -47,6 +63,18 @@ class Kernel(ABC):
     ) -> Tensor:
         """``out [*B, H, M, Dv]`` in value's dtype; shapes as in :mod:`attnfuse.spec`, any strides."""
 
+    def run_with_lse(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`run`, and ``lse [*B, H, M]`` in float32: the natural log of each row's sum, sink included."""
+        raise NotImplementedError(f"kernel {self.name} gives no lse")
+
     def backward(
         self,
         spec: AttentionSpec,
@@ -57,6 +85,7 @@ class Kernel(ABC):
         captures: Sequence[Tensor],
         symbols: Sequence[int],
         needs: Sequence[bool],
+        residual: Residual,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, value and each capture, None where ``needs`` is False."""
         raise NotImplementedError(f"kernel {self.name} has no backward; its refuses() must say so")

@@ -1,0 +1,42 @@
+"""``torch.compile(model, backend="attnfuse")``: fuses attention in Dynamo's graph, then lets another backend compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch._dynamo import lookup_backend
+from torch.fx import GraphModule
+
+from attnfuse.fuse import Options, fuse_graph
+from attnfuse.kernels import digest
+
+__all__ = ["attnfuse"]
+
+#: The backend that compiles the rewritten graph, unless ``options={"inner": name}`` names another.
+_INNER = "inductor"
+
+
+def attnfuse(
+    gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Dynamo backend. ``options`` may hold those of :class:`attnfuse.fuse.Options`, ``inner`` (the backend that
+    compiles the result, default Inductor), and Inductor's own; ``mode`` is Inductor's.
+
+    Raises :class:`~attnfuse.errors.BadInput` for a bad value of one of ours.
+    """
+    given = dict(options or {})
+    inner = given.pop("inner", _INNER)
+    ours = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
+    fused = fuse_graph(gm, example_inputs, **ours)
+    rest = {name: value for name, value in (("mode", mode), ("options", given or None)) if value}
+    with _cache_key():
+        return lookup_backend(inner)(fused, list(example_inputs), **rest)
+
+
+def _cache_key() -> Any:
+    """Compiled code is cached on disk by its graph; our version and kernels must be part of the key."""
+    before = torch.compiler.config.cache_key_tag
+    return torch.compiler.config.patch(cache_key_tag=f"{before}attnfuse-{digest()}")

@@ -1,0 +1,256 @@
+"""``fuse_graph``: the rewrite of one graph, and the only place where capture, passes and lowering meet."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, get_args
+
+from torch.fx import GraphModule
+
+from attnfuse.errors import BadInput, NotEquivalent, Refused
+from attnfuse.form import describe
+from attnfuse.graph import facts
+from attnfuse.graph.capture import Captured, capture
+from attnfuse.graph.text import render
+from attnfuse.graph.verify import verify
+from attnfuse.kernels import Numerics, lookup
+from attnfuse.passes.certify import Effort, certify
+from attnfuse.passes.lift import lift
+from attnfuse.passes.lower import Plan, Wishes, apply, plan
+from attnfuse.passes.simplify import simplify
+from attnfuse.passes.site import Attention, Site
+from attnfuse.passes.tidy import tidy
+from attnfuse.pipeline import FUEL, Stage, run
+from attnfuse.report import Certificate, Fused, Report
+from attnfuse.target import Target
+
+__all__ = ["STAGES", "Options", "fuse_graph"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to rewrite. Each is a keyword of every door.
+
+    ``target``: where the result will run, default this graph's device. ``kernel``: this one or none.
+    ``numerics``: "faithful" or "fast" (:data:`attnfuse.kernels.Numerics`). ``portable``: ATen calls only, so that
+    the result loads without attnfuse. ``certify``: how much to replay, "full", "quick" or "off". ``profit``:
+    False fuses even where the graph as it is is estimated faster. ``print_after``: a stage, or "all".
+    """
+
+    target: Target | str | None = None
+    kernel: str | None = None
+    numerics: Numerics = "faithful"
+    portable: bool = False
+    certify: Effort = "quick"
+    profit: bool = True
+    print_after: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("numerics", get_args(Numerics)), ("certify", get_args(Effort))):
+            if getattr(self, name) not in allowed:
+                raise BadInput(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.kernel is not None:
+            lookup(self.kernel)
+        if isinstance(self.target, str):
+            object.__setattr__(self, "target", Target.parse(self.target))
+
+    @staticmethod
+    def of(given: dict[str, Any]) -> Options:
+        """Options from keywords. Raises :class:`BadInput`, naming those there are, for an unknown one."""
+        known = [f.name for f in fields(Options)]
+        for name in given:
+            if name not in known:
+                raise BadInput(f"unknown option {name!r}; the options are {', '.join(known)}")
+        return Options(**given)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A plan that was found to compute what its source computes."""
+
+    plan: Plan
+    certificate: Certificate
+
+
+#: A place in the graph, as far as the pipeline has brought it.
+Item = Site | Attention | Plan | Checked | Fused | Refused
+
+
+@dataclass(frozen=True)
+class State:
+    """What the stages work on. ``replaced`` are the sites that lower has put a fused node for."""
+
+    captured: Captured
+    options: Options
+    wishes: Wishes
+    items: tuple[Item, ...] = ()
+    replaced: tuple[Site, ...] = ()
+    certificates: dict[str, Certificate] = field(default_factory=dict)
+
+
+def fuse_graph(gm: GraphModule, example_inputs: Sequence[Any] = (), **options: Any) -> GraphModule:
+    """Fuses the attention in a Dynamo-level or export-level graph, in place, and returns it.
+
+    ``options`` are the fields of :class:`Options`. ``gm.meta["attnfuse_report"]`` is the :class:`Report`. Nested
+    graph modules (checkpointed regions, branches) are rewritten too. ``example_inputs`` are not read: the
+    graph's own fake values are; the argument is there so that this is a Dynamo backend's shape.
+    Raises :class:`BadInput` for an unknown option, kernel or target.
+    """
+    chosen = Options.of(options)
+    report = Report(target=str(_target(gm, chosen)))
+    for module in (*_nested(gm), gm):
+        report += _fuse_one(module, chosen)
+    gm.meta["attnfuse_report"] = report
+    log.info("%s", report)
+    return gm
+
+
+def _nested(gm: GraphModule) -> list[GraphModule]:
+    return [child for child in gm.modules() if isinstance(child, GraphModule) and child is not gm]
+
+
+def _fuse_one(gm: GraphModule, options: Options) -> Report:
+    target = _target(gm, options)
+    try:
+        captured = capture(gm)
+    except Exception as error:  # whatever the traced program raises: the graph then stays as it is, and the report says so
+        log.debug("tracing failed", exc_info=True)
+        reason = f"the graph cannot be traced: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return Report((Refused(reason),), str(target))
+    wishes = Wishes(target, options.kernel, options.numerics, options.portable, options.profit)
+    state = State(captured, options, wishes)
+    state, seconds = run(STAGES, state, show=_show, check=_check, print_after=options.print_after)
+    gm.recompile()
+    sites = tuple(item for item in state.items if isinstance(item, (Fused, Refused)))
+    return Report(sites, str(target), seconds)
+
+
+def _target(gm: GraphModule, options: Options) -> Target:
+    """The target asked for, or the device that the graph's first tensor is on."""
+    if isinstance(options.target, Target):
+        return options.target
+    first = next((facts.tensor(node) for node in gm.graph.nodes if facts.is_tensor(node)), None)
+    return Target.current() if first is None else Target.of(first.device)
+
+
+# --- stages -----------------------------------------------------------------------------------------
+
+
+def _lift(state: State) -> State:
+    found = lift(state.captured.aten, state.captured.is_given)
+    given = (_homed(item, state.captured) for item in found)
+    return replace(state, items=tuple(given))
+
+
+def _homed(item: Site | Refused, captured: Captured) -> Site | Refused:
+    if isinstance(item, Refused) or captured.is_given(item.node):
+        return item
+    line = facts.source_line(item.softmax)
+    return Refused("the attention is inside a call that the graph keeps closed", item.softmax.name, line)
+
+
+def _simplify(state: State) -> State:
+    return replace(state, items=tuple(simplify(i) if isinstance(i, Site) else i for i in state.items))
+
+
+def _choose(state: State) -> State:
+    return replace(state, items=tuple(plan(i, state.wishes) if isinstance(i, Attention) else i for i in state.items))
+
+
+def _certify(state: State) -> State:
+    return replace(state, items=tuple(_checked(i, state) if isinstance(i, Plan) else i for i in state.items))
+
+
+def _checked(item: Plan, state: State) -> Checked | Refused:
+    """Identical sites are replayed once."""
+    site = item.attention.site
+    key = f"{item.attention.spec.to_text()} {item.problem} {render(item.replacement)}"
+    try:
+        if key not in state.certificates:
+            scores = item.problem.heads * item.problem.rows * item.problem.keys
+            random = item.attention.spec.dropout > 0
+            effort = state.options.certify
+            state.certificates[key] = certify(site.node, item.inputs, item.replacement, scores, effort, random)
+    except NotEquivalent as error:
+        reason = f"the rewrite is not equivalent, which is a bug of attnfuse: {error}"
+        return Refused(reason, site.softmax.name, facts.source_line(site.softmax), "please report it")
+    return Checked(item, state.certificates[key])
+
+
+def _lower(state: State) -> State:
+    done = tuple(_lowered(item, state) if isinstance(item, Checked) else item for item in state.items)
+    replaced = tuple(
+        before.plan.attention.site
+        for before, after in zip(state.items, done, strict=True)
+        if isinstance(before, Checked) and isinstance(after, Fused)
+    )
+    return replace(state, items=done, replaced=replaced)
+
+
+def _lowered(item: Checked, state: State) -> Fused | Refused:
+    site = item.plan.attention.site
+    line = facts.source_line(site.softmax)
+    if not FUEL.take():
+        return Refused("no optimisation fuel is left", site.softmax.name, line, f"raise {FUEL.variable}")
+    apply(item.plan, state.captured)
+    spec, problem = item.plan.attention.spec, item.plan.problem
+    return Fused(
+        node=site.node.name,
+        source=line,
+        spec=spec.to_text(),
+        what=describe(spec),
+        shape=f"q{list(problem.query.shape)} k{list(problem.key.shape)} v{list(problem.value.shape)}",
+        kernel=item.plan.choice.kernel,
+        seconds=item.plan.choice.seconds,
+        certificate=item.certificate,
+        notes=_notes(item.plan),
+    )
+
+
+def _notes(item: Plan) -> tuple[str, ...]:
+    notes = ["dropout draws from another random stream than the source"] if item.attention.spec.dropout else []
+    if item.problem.numerics == "fast":
+        notes.append("fast numerics: fully masked rows may differ from the source")
+    return tuple(notes)
+
+
+def _tidy(state: State) -> State:
+    writes = frozenset(node for site in state.replaced for node in site.interior if facts.is_mutating(node))
+    tidy(state.captured, [site.node for site in state.replaced], writes)
+    return state
+
+
+#: The rewrite, in order. Only lower and tidy change the graph.
+STAGES: tuple[Stage[State], ...] = (
+    Stage("lift", _lift),
+    Stage("simplify", _simplify),
+    Stage("choose", _choose),
+    Stage("certify", _certify),
+    Stage("lower", _lower),
+    Stage("tidy", _tidy),
+)
+
+
+def _check(state: State, stage: str) -> None:
+    verify(state.captured.module, stage)
+
+
+def _show(state: State) -> str:
+    return "\n".join([*map(_item_text, state.items), render(state.captured.module)])
+
+
+def _item_text(item: Item) -> str:
+    match item:
+        case Site():
+            return f"{item.node.name}: {item.score}"
+        case Attention():
+            return f"{item.site.node.name}: {item.spec.to_text()}"
+        case Plan():
+            return f"{item.attention.site.node.name}: {item.choice.kernel}\n{render(item.replacement)}"
+        case Checked():
+            return f"{item.plan.attention.site.node.name}: {item.certificate}"
+    return str(item)

@@ -1,0 +1,1 @@
+"""Graphs: captured, known, written, printed, checked. The only part that touches torch.fx's untyped metadata."""

@@ -1,0 +1,148 @@
+"""What is known about a node. The only place that looks into ``node.meta`` and ``node.args``, which are untyped.
+
+Dynamo graphs keep fake values in ``meta["example_value"]``, export and ATen graphs in ``meta["val"]``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from attnfuse.axes import Size
+
+__all__ = [
+    "arguments",
+    "dtype",
+    "hint",
+    "hint_of",
+    "is_mutating",
+    "is_tensor",
+    "kind",
+    "op_name",
+    "rank",
+    "shape",
+    "size_of",
+    "source_line",
+    "tensor",
+    "value",
+    "written",
+]
+
+
+def value(node: Node) -> Any:
+    """The fake value a node was traced with: a tensor, a tuple of them, a number, or None."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def tensor(node: Node) -> torch.Tensor:
+    """The fake tensor of a node. Raises TypeError when its value is something else."""
+    found = value(node)
+    if not isinstance(found, torch.Tensor):
+        raise TypeError(f"{node.name} is not a tensor")
+    return found
+
+
+def is_tensor(node: object) -> bool:
+    return isinstance(node, Node) and isinstance(value(node), torch.Tensor)
+
+
+def dtype(node: Node) -> torch.dtype:
+    return tensor(node).dtype
+
+
+def kind(node: Node) -> str:
+    """"bool", "int" or "float": what a tensor's elements are, as score programs know them."""
+    found = dtype(node)
+    if found == torch.bool:
+        return "bool"
+    return "float" if found.is_floating_point else "int"
+
+
+def rank(node: Node) -> int:
+    return tensor(node).dim()
+
+
+def shape(node: Node) -> tuple[Size, ...]:
+    """A tensor's sizes, symbolic ones as sympy expressions in the shape environment's own symbols."""
+    return tuple(map(size_of, tensor(node).shape))
+
+
+def size_of(number: object) -> Size:
+    """An int, or the expression of a SymInt, or that of a node which computes one."""
+    if isinstance(number, Node):
+        return size_of(value(number))
+    if isinstance(number, torch.SymInt):
+        expr = number.node.expr
+        return int(expr) if expr.is_Integer else expr
+    if isinstance(number, int):
+        return number
+    if isinstance(number, sympy.Expr):
+        return int(number) if number.is_Integer else number
+    raise TypeError(f"{number!r} is not a size")
+
+
+def hint(node: Node) -> tuple[int, ...]:
+    """A tensor's sizes with each symbol replaced by the value it was traced with."""
+    return tuple(_hint(size) for size in tensor(node).shape)
+
+
+def hint_of(node: Node) -> int:
+    """The number that a node which computes a size was traced with."""
+    return _hint(value(node))
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    known = size.node.hint
+    return int(known) if known is not None else 1
+
+
+def op_name(node: Node) -> str:
+    """``matmul`` for ``aten.matmul.default``; in-place variants keep their underscore; "" for non-ATen calls."""
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target.overloadpacket.__name__)
+    return str(getattr(node.target, "__name__", ""))
+
+
+def arguments(node: Node) -> Mapping[str, Any]:
+    """A call's arguments by their names in the operator's schema, defaults filled in; {} for calls without one."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {}
+    schema = node.target._schema
+    found = {arg.name: arg.default_value for arg in schema.arguments if arg.has_default_value()}
+    positional = [arg.name for arg in schema.arguments if not arg.kwarg_only]
+    return found | dict(zip(positional, node.args, strict=False)) | node.kwargs
+
+
+def is_mutating(node: Node) -> bool:
+    """Whether the call writes into one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def written(node: Node) -> Iterator[Node]:
+    """The tensors that a mutating call writes into."""
+    found = arguments(node)
+    for arg in node.target._schema.arguments:  # type: ignore[union-attr]  # callers ask is_mutating first
+        if arg.alias_info is not None and arg.alias_info.is_write:
+            many = found.get(arg.name)
+            yield from (x for x in (many if isinstance(many, (list, tuple)) else (many,)) if isinstance(x, Node))
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*(?:\n\s+(?P<code>[^\n]+))?')
+
+
+def source_line(node: Node) -> str:
+    """The user's line that made the node, ``file:line, code``; empty when the graph does not know it."""
+    frames: Sequence[re.Match[str]] = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    if not frames:
+        return ""
+    last = frames[-1]
+    return f"{last['file']}:{last['line']}, {(last['code'] or '').strip()}".rstrip(", ")

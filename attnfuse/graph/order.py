@@ -1,0 +1,82 @@
+"""Where nodes stand in their graph, what writes into what, and which nodes share storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from attnfuse.graph import facts
+
+__all__ = ["Order", "Write", "storage"]
+
+#: ATen operations whose result may share its input's storage.
+_ALIASING = frozenset(
+    (
+        *("alias", "as_strided", "broadcast_to", "chunk", "contiguous", "detach", "diagonal", "expand", "expand_as"),
+        *("flatten", "getitem", "lift_fresh", "mT", "movedim", "narrow", "numpy_T", "permute", "reshape"),
+        *("select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "to", "transpose"),
+        *("type_as", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as", "reshape_as", "tensor_split"),
+    )
+)
+
+
+def storage(node: Node) -> Node:
+    """The node that made the storage a value lives in (or may live in)."""
+    while node.all_input_nodes and (facts.op_name(node) in _ALIASING or facts.is_mutating(node)):
+        node = node.all_input_nodes[0]
+    return node
+
+
+@dataclass(frozen=True)
+class Write:
+    """``node`` writes into ``target``."""
+
+    node: Node
+    target: Node
+
+
+@dataclass(frozen=True)
+class Order:
+    """Positions and writes of one graph, found in one walk."""
+
+    position: dict[Node, int]
+    writes: tuple[Write, ...]
+    live: frozenset[Node]
+
+    @staticmethod
+    def of(graph: Graph) -> Order:
+        nodes = list(graph.nodes)
+        writes = tuple(Write(node, target) for node in nodes for target in _targets(node))
+        return Order({node: i for i, node in enumerate(nodes)}, writes, _live(nodes))
+
+    def is_live(self, node: Node) -> bool:
+        """Whether the node's value reaches an output or a write; looking at metadata does not count."""
+        return node in self.live
+
+    def before(self, a: Node, b: Node) -> bool:
+        return self.position[a] < self.position[b]
+
+    def writes_between(self, first: Node, last: Node) -> Iterator[Write]:
+        """Writes that happen after ``first`` was computed and before ``last`` is."""
+        return (w for w in self.writes if self.before(first, w.node) and self.before(w.node, last))
+
+
+#: Calls that look at metadata or assert something about it.
+_ONLOOKERS = ("_assert_tensor_metadata", "sym_size", "sym_stride", "sym_numel")
+
+
+def _live(nodes: list[Node]) -> frozenset[Node]:
+    live: set[Node] = set()
+    for node in reversed(nodes):
+        if facts.op_name(node) in _ONLOOKERS:
+            continue
+        if node.op == "output" or facts.is_mutating(node) or any(user in live for user in node.users):
+            live.add(node)
+    return frozenset(live)
+
+
+def _targets(node: Node) -> Iterator[Node]:
+    if facts.is_mutating(node):
+        yield from facts.written(node)

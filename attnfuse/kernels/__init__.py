@@ -1,0 +1,27 @@
+"""The kernels: what each can compute, what it costs, and which is chosen. The order of imports is the order of preference."""
+
+from __future__ import annotations
+
+from attnfuse.kernels.kernel import Kernel, Residual
+from attnfuse.kernels.problem import Numerics, Operand, Problem
+from attnfuse.kernels.registry import UNFUSED, Candidate, Choice, choose, digest, kernel, kernels, lookup
+from attnfuse.kernels.rows import rows_kept
+from attnfuse.kernels.cpu import blocked as _blocked  # noqa: F401  (registers)
+from attnfuse.kernels.cpu import sdpa as _sdpa  # noqa: F401  (registers)
+
+__all__ = [
+    "UNFUSED",
+    "Candidate",
+    "Choice",
+    "Kernel",
+    "Numerics",
+    "Operand",
+    "Problem",
+    "Residual",
+    "choose",
+    "digest",
+    "kernel",
+    "kernels",
+    "lookup",
+    "rows_kept",
+]

@@ -1,0 +1,120 @@
+"""The backward of the blocked kernel: each block's weights are computed again and differentiated.
+
+With ``w`` the weights, ``g`` the gradient that reaches them and ``x`` the logits, ``dx = w * (g - sum(w * g))``,
+row by row (Rabe and Staats 2021). The programs before and after it go through their pullbacks
+(:mod:`attnfuse.derivative`). Sums over blocks are kept in float32, or float64 for float64 operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from attnfuse.derivative import pullback
+from attnfuse.kernels.cpu.blocks import Block
+from attnfuse.kernels.cpu.call import Call
+from attnfuse.kernels.cpu.chain import Chain
+from attnfuse.kernels.cpu.forward import Workspace, logits, scores
+from attnfuse.reference import Scope, evaluate
+from attnfuse.score import Capture, Const, Expr, P, S, Score, walk
+
+__all__ = ["Gradients"]
+
+
+@dataclass
+class Gradients:
+    """One backward. ``needs`` says for query, key, value and each capture whether its gradient is asked for."""
+
+    call: Call
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    needs: Sequence[bool]
+    workspace: Workspace = field(default_factory=Workspace)
+    sums: list[Tensor | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Room for the sums; a broadcast batch of key or value is summed over at the end."""
+        call = self.call
+        shapes = [call.query.shape, *((*call.layout.batch, *x.shape[-3:]) for x in (call.key, call.value))]
+        shapes += [capture.shape for capture in call.captures]
+        self.sums = [
+            call.query.new_zeros(shape, dtype=call.dtype) if needed else None
+            for shape, needed in zip(shapes, self.needs, strict=True)
+        ]
+
+    def run(self) -> tuple[Tensor | None, ...]:
+        """The gradients, each in its operand's shape and dtype."""
+        for block, chain in self.call.blocks():
+            self._block(block, chain)
+        operands = (self.call.query, self.call.key, self.call.value, *self.call.captures)
+        return tuple(
+            None if found is None else found.sum_to_size(operand.shape).to(operand.dtype)
+            for found, operand in zip(self.sums, operands, strict=True)
+        )
+
+    def _block(self, block: Block, chain: Chain) -> None:
+        call, keys = self.call, block.shape[-1]
+        scope, score = call.scope(block), self._raw_scores(block)
+        weight = torch.softmax(logits(call, block, chain, self.workspace), dim=-1)
+        grad = self._weight_gradient(block, scope, weight)
+        grad = torch.ops.aten._softmax_backward_data(grad, weight, -1, weight.dtype)
+        if self.grad_lse is not None:
+            grad.addcmul_(weight, call.heads_of(block, self.grad_lse).unsqueeze(-1).to(weight.dtype))
+        if call.spec.sink is not None:
+            self._pull_captures(call.spec.sink, replace(scope, weight=grad[..., keys:]))
+        inner = replace(scope, score=score, weight=grad[..., :keys])
+        self._pull_captures(call.spec.score, inner)
+        if self.needs[0] or self.needs[1]:
+            pulled = chain.run(pullback(call.spec.score).get(S, Const(0.0)), inner, P)
+            self._products(block, pulled.expand(block.shape).reshape(block.lead, -1, keys).to(call.query.dtype))
+
+    def _raw_scores(self, block: Block) -> Tensor | None:
+        """The scores before the program, where its derivative reads them."""
+        read = any(isinstance(part, Score) for pulled in pullback(self.call.spec.score).values() for part in walk(pulled))
+        return scores(self.call, block, self.workspace)[..., : block.shape[-1]].clone() if read else None
+
+    def _weight_gradient(self, block: Block, scope: Scope, weight: Tensor) -> Tensor:
+        """The gradient of the weights, the sink's column included; sums value's gradient."""
+        call, keys = self.call, block.shape[-1]
+        grad_out, value = call.rows_of(block, self.grad_out), call.keys_of(block, call.value)
+        grad = torch.bmm(grad_out, value.transpose(-1, -2)).view(block.shape).to(call.dtype)
+        used = weight[..., :keys]
+        inner = replace(scope, weight=used)
+        if call.spec.weight != P:
+            used = evaluate(call.spec.weight, inner).expand(block.shape)
+        if call.spec.dropout:
+            kept = call.kept(block)
+            used, grad = used * kept, grad * kept
+        if self.sums[2] is not None:
+            used = used.reshape(block.lead, -1, keys).to(value.dtype)
+            self._add_keys(block, self.sums[2], used, grad_out)
+        if call.spec.weight != P:
+            inner = replace(inner, score=grad)
+            self._pull_captures(call.spec.weight, inner)
+            grad = evaluate(pullback(call.spec.weight).get(P, Const(0.0)), inner).expand(block.shape)
+        return grad if call.spec.sink is None else torch.nn.functional.pad(grad, (0, 1))
+
+    def _products(self, block: Block, grad: Tensor) -> None:
+        """Gradients of query and key from that of the raw scores, ``[lead, groups * rows, keys]``."""
+        call = self.call
+        if self.sums[0] is not None:
+            found = torch.bmm(grad, call.keys_of(block, call.key))
+            call.heads_of(block, self.sums[0]).copy_(found.view(*block.shape[:-1], -1))
+        if self.sums[1] is not None:
+            self._add_keys(block, self.sums[1], grad, call.rows_of(block, call.query))
+
+    def _add_keys(self, block: Block, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """``total += left^T @ right`` on the block's keys."""
+        for axis, (first, last) in enumerate((*block.batch, block.kv_heads, block.keys)):
+            total = total.narrow(axis, first, last - first)
+        total.add_(torch.bmm(left.transpose(-1, -2), right).view(total.shape))
+
+    def _pull_captures(self, program: Expr, scope: Scope) -> None:
+        for leaf, pulled in pullback(program).items():
+            if isinstance(leaf, Capture) and (total := self.sums[3 + leaf.slot]) is not None:
+                for axis, (first, last) in enumerate(scope.spans):
+                    total = total if total.shape[axis] == 1 else total.narrow(axis, first, last - first)
+                total.add_(evaluate(pulled, scope).sum_to_size(total.shape))

@@ -1,0 +1,93 @@
+"""Ours: attention by blocks of query rows, in memory O(block x N), for any spec.
+
+A block computes all keys that its rows can keep, so its softmax is the plain one: rows are normalised
+by their sum, and NaN, infinities and fully masked rows come out as in the written-out program. Keys
+that the mask's band excludes for the whole block are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attnfuse.kernels import cost
+from attnfuse.kernels.cpu.backward import Gradients
+from attnfuse.kernels.cpu.call import Call
+from attnfuse.kernels.cpu.forward import Forward
+from attnfuse.kernels.kernel import Kernel, Residual
+from attnfuse.kernels.problem import Problem
+from attnfuse.kernels.registry import kernel
+from attnfuse.reference import attention
+from attnfuse.spec import AttentionSpec
+from attnfuse.target import Target
+
+__all__ = ["Blocked"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@kernel
+class Blocked(Kernel):
+    """Any spec, any strides, forward and backward."""
+
+    name: ClassVar[str] = "blocked"
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    portable: ClassVar[bool] = True
+    gives_lse: ClassVar[bool] = True
+
+    def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
+        """Only dtypes that torch has no matrix product for."""
+        return tuple(
+            f"{name} is {str(operand.dtype).removeprefix('torch.')}"
+            for name, operand in (("query", problem.query), ("key", problem.key), ("value", problem.value))
+            if operand.dtype not in DTYPES
+        )
+
+    def cost(self, problem: Problem, target: Target) -> float:
+        """See :mod:`attnfuse.kernels.cost`."""
+        return cost.blocked(problem)
+
+    def run(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> Tensor:
+        """``out``, laid out as ``[*B, M, H, Dv]``."""
+        call = Call(spec, query, key, value, captures, symbols)
+        return attention(*call.operands)[0] if call.empty else Forward(call).run()[0]
+
+    def run_with_lse(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """``out`` and ``lse``."""
+        call = Call(spec, query, key, value, captures, symbols)
+        return attention(*call.operands) if call.empty else Forward(call, with_lse=True).run()
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+        needs: Sequence[bool],
+        residual: Residual,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients, from weights computed again block by block."""
+        call = Call(spec, query, key, value, captures, symbols, training=True)
+        return Gradients(call, grad_out, residual.grad_lse, needs).run()

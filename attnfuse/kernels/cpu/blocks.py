@@ -1,0 +1,90 @@
+"""How the scores are cut: blocks of some heads, some query rows and every key that the mask can keep."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from attnfuse.kernels.rows import Band
+
+__all__ = ["Block", "Layout", "blocks"]
+
+Span = tuple[int, int]
+
+#: Query rows of a block: enough for a matrix product to run at full speed.
+ROWS = 64
+#: Scores of a block for each thread: 512 KiB of float32, half of an L2 cache.
+SCORES = 1 << 17
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of one call. ``batch`` are the batch sizes, ``groups`` query heads share each of ``kv_heads``."""
+
+    batch: tuple[int, ...]
+    kv_heads: int
+    groups: int
+    rows: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """``batch`` and ``kv_heads`` are spans of key's axes, ``rows`` and ``keys`` of the scores'; ``core`` are
+    the keys inside the mask's band for every row."""
+
+    batch: tuple[Span, ...]
+    kv_heads: Span
+    rows: Span
+    keys: Span
+    core: Span
+    groups: int
+
+    @property
+    def lead(self) -> int:
+        """Batches times key/value heads: the batch of this block's matrix products."""
+        size = self.kv_heads[1] - self.kv_heads[0]
+        for first, last in self.batch:
+            size *= last - first
+        return size
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """One span for each axis of the scores."""
+        first, last = self.kv_heads
+        return (*self.batch, (first * self.groups, last * self.groups), self.rows, self.keys)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The block's shape, ``[*B, H, M, N]``."""
+        return tuple(last - first for first, last in self.spans)
+
+
+def blocks(layout: Layout, band: Band, threads: int) -> Iterator[Block]:
+    """Blocks that cover all scores the band keeps, each row in one block; row blocks outermost."""
+    row_step = _row_step(layout)
+    for rows in _spans(layout.rows, row_step):
+        keys = band.reach(*rows, layout.keys)
+        core = band.core(*rows, layout.keys)
+        scores = layout.groups * (rows[1] - rows[0]) * max(keys[1] - keys[0], 1)
+        for *batch, kv_heads in _parts((*layout.batch, layout.kv_heads), max(threads * SCORES // scores, 1)):
+            yield Block(tuple(batch), kv_heads, rows, keys, core, layout.groups)
+
+
+def _row_step(layout: Layout) -> int:
+    """Rows of a block; grouped heads multiply the rows of its matrix products."""
+    return max(ROWS // layout.groups, 16)
+
+
+def _parts(sizes: Sequence[int], at_most: int) -> Iterator[tuple[Span, ...]]:
+    """Boxes of at most so many elements that cover ``sizes``, innermost axes filled first."""
+    steps: list[int] = []
+    for size in reversed(sizes):
+        steps.append(max(min(size, at_most), 1))
+        at_most = at_most // size if size and at_most >= size else 1
+    return itertools.product(*(list(_spans(size, step)) for size, step in zip(sizes, reversed(steps), strict=True)))
+
+
+def _spans(size: int, step: int) -> Iterator[Span]:
+    return ((first, min(first + step, size)) for first in range(0, size, step))

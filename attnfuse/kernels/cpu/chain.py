@@ -1,0 +1,133 @@
+"""A score program carried out in place on a block of scores, where it is a chain of steps from ``s`` to the logit.
+
+Most programs are: ``where(keep, c * tanh(a * s / c) + bias, fill)`` is six steps, each of which may
+overwrite the scores. A program that reads ``s`` twice is evaluated out of place.
+
+Measured on one core of a Zen 4 with torch 2.13, nanoseconds for each float32 score of a block in L2:
+``add_`` 0.10, ``mul_`` 0.10, ``where`` 0.78, ``masked_fill_`` 2.5. Hence :func:`select_`, which masks by
+two bitwise operations, 0.20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from attnfuse.reference import Scope, applied, evaluate
+from attnfuse.score import Apply, Expr, S, walk
+from attnfuse.spec import Captured, axes_of
+
+__all__ = ["Chain", "Step", "select_", "steps_of"]
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """``op`` applied to the running value at argument ``place`` and to ``others`` at the other places."""
+
+    op: str
+    place: int
+    others: tuple[Expr, ...]
+
+
+@lru_cache(maxsize=1024)
+def steps_of(program: Expr, variable: Expr = S) -> tuple[Step, ...] | None:
+    """The steps from ``variable`` to the program's value; None when it is read more or less than once."""
+    if not isinstance(program, Apply):
+        return () if program == variable else None
+    places = [i for i, arg in enumerate(program.args) if variable in walk(arg)]
+    if len(places) != 1 or (inner := steps_of(program.args[places[0]], variable)) is None:
+        return None
+    place = places[0]
+    return (*inner, Step(program.op, place, program.args[:place] + program.args[place + 1 :]))
+
+
+@dataclass
+class Chain:
+    """Runs programs on blocks. ``memo`` keeps, while blocks share their rows, what no batch or head changes.
+
+    ``core``, where it is given, are the keys that the program's mask keeps for every row of the block:
+    the mask is a band, and is applied to the other keys only.
+    """
+
+    captures: tuple[Captured, ...]
+    core: Span | None = None
+    memo: dict[tuple[Expr, Span], Tensor] = field(default_factory=dict)
+
+    def run(self, program: Expr, scope: Scope, variable: Expr = S) -> Tensor:
+        """The program's value on a block, written over the variable's, scores or weights, where it can be."""
+        steps = steps_of(program, variable)
+        value = scope.score if variable == S else scope.weight
+        if steps is None or value is None:
+            return evaluate(program, scope)
+        for step in steps:
+            value = self._step(step, value, scope)
+        return value
+
+    def _step(self, step: Step, value: Tensor, scope: Scope) -> Tensor:
+        if step.op == "where" and step.place:
+            self._mask(step, value, scope)
+            return value
+        others = [self.value(other, scope) for other in step.others]
+        if step.op in _UNARY:
+            return _UNARY[step.op](value)
+        if (in_place := _BINARY.get((step.op, step.place))) is not None and others[0].dtype != torch.bool:
+            return in_place(value, others[0])
+        others.insert(step.place, value)
+        return applied(step.op, others, scope.dtype).expand(value.shape)
+
+    def _mask(self, step: Step, value: Tensor, scope: Scope) -> None:
+        mask, other = step.others
+        for part in self._masked_parts(scope.spans[-1]):
+            inside = replace(scope, spans=(*scope.spans[:-1], part))
+            target = value.narrow(-1, part[0] - scope.spans[-1][0], part[1] - part[0])
+            keep = self.value(mask, inside)
+            select_(target, keep if step.place == 1 else ~keep, self.value(other, inside))
+
+    def _masked_parts(self, keys: Span) -> tuple[Span, ...]:
+        if self.core is None or self.core[0] == self.core[1]:
+            return (keys,)
+        parts = ((keys[0], self.core[0]), (self.core[1], keys[1]))
+        return tuple(part for part in parts if part[0] < part[1])
+
+    def value(self, program: Expr, scope: Scope) -> Tensor:
+        """A program without ``s`` on a block, from the memo where no batch or head changes it."""
+        if not axes_of(program, self.captures) <= {"m", "n"}:
+            return evaluate(program, scope)
+        key = program, scope.spans[-1]
+        if key not in self.memo:
+            self.memo[key] = evaluate(program, scope)
+        return self.memo[key]
+
+
+def select_(value: Tensor, keep: Tensor, fill: Tensor) -> None:
+    """``value = where(keep, value, fill)`` in place; ``keep`` and ``fill`` broadcast against it."""
+    if fill.dim():
+        value.copy_(torch.where(keep, value, fill.to(value.dtype)))
+        return
+    kind = torch.int64 if value.dtype == torch.float64 else torch.int32
+    ones = keep.to(kind).neg_()
+    value.view(kind).bitwise_and_(ones).bitwise_or_(~ones & fill.to(value.dtype).view(kind))
+
+
+_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "neg": torch.neg_, "abs": torch.abs_, "exp": torch.exp_, "exp2": torch.exp2_, "log": torch.log_,
+    "sqrt": torch.sqrt_, "rsqrt": torch.rsqrt_, "reciprocal": torch.reciprocal_, "tanh": torch.tanh_,
+    "sigmoid": torch.sigmoid_, "relu": torch.relu_, "sin": torch.sin_, "cos": torch.cos_,
+    "log1p": torch.log1p_, "expm1": torch.expm1_, "float": lambda x: x,
+}  # fmt: skip
+#: By operation and the place of the running value.
+_BINARY: dict[tuple[str, int], Callable[[Tensor, Tensor], Tensor]] = {
+    ("add", 0): torch.Tensor.add_,
+    ("add", 1): torch.Tensor.add_,
+    ("sub", 0): torch.Tensor.sub_,
+    ("sub", 1): lambda x, y: x.neg_().add_(y),
+    ("mul", 0): torch.Tensor.mul_,
+    ("mul", 1): torch.Tensor.mul_,
+    ("div", 0): torch.Tensor.div_,
+}

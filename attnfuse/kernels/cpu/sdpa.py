@@ -1,0 +1,205 @@
+"""ATen's scaled_dot_product_attention, where it computes exactly the spec.
+
+Exactly means: the mask is none, top-left causal, or a captured additive bias. Any other mask would be
+added to the scores, so that a NaN or infinite key behind it would reach the row; ``numerics="fast"``
+allows that. A row that a bias masks with -inf throughout is zero in SDPA and NaN in the written-out
+program: such rows are found in the bias and made NaN again. The backward of ATen's CPU kernel normalises
+by ``exp(s - lse)``, which is wrong on rows of one huge negative bias, so with a bias there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnfuse.errors import BadProgram
+from attnfuse.form import Form, form_of
+from attnfuse.kernels import cost
+from attnfuse.kernels.kernel import Kernel, Residual
+from attnfuse.kernels.problem import Problem
+from attnfuse.kernels.registry import kernel
+from attnfuse.kernels.rows import Band, band_of, rows_kept
+from attnfuse.reference import Scope, attention, evaluate, repeat_heads
+from attnfuse.score import Const, Expr, P, apply, text
+from attnfuse.spec import AttentionSpec
+from attnfuse.target import Target
+
+__all__ = ["Sdpa"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: A fill at or below this absorbs any score that is added to it.
+ABSORBING = -1e30
+TOP_LEFT = Band(left=None, right=0)
+
+
+@kernel
+class Sdpa(Kernel):
+    """One call of ATen's kernel; its fast path on CPU is flash attention over 4-D operands."""
+
+    name: ClassVar[str] = "sdpa"
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    portable: ClassVar[bool] = True
+    gives_lse: ClassVar[bool] = False
+
+    def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
+        """What SDPA cannot say, or says with another meaning."""
+        return (*_cannot_say(problem.spec), *_means_otherwise(problem), *_slow_path(problem))
+
+    def cost(self, problem: Problem, target: Target) -> float:
+        """See :mod:`attnfuse.kernels.cost`."""
+        return cost.sdpa(problem)
+
+    def run(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> Tensor:
+        """``out``, laid out as ``[*B, M, H, Dv]``."""
+        if 0 in (*query.shape, *key.shape, *value.shape):
+            return attention(spec, query, key, value, captures, symbols)[0]
+        form = _form(spec)
+        causal = _is_causal(spec)
+        mask = None if causal else _mask(form, query, key, captures, symbols)
+        batch = query.shape[:-3]
+        out = F.scaled_dot_product_attention(
+            *(_four_d(x, batch) for x in (query, key, value)),
+            attn_mask=None if mask is None else _four_d(mask, batch),
+            is_causal=causal,
+            scale=_scale(form),
+            enable_gqa=query.shape[-3] != key.shape[-3],
+        )
+        out = out.view(*batch, *out.shape[-3:])
+        if mask is None or rows_kept(spec, query.shape[-2], key.shape[-2], symbols):
+            return out
+        dead = mask.amax(dim=-1, keepdim=True) == float("-inf")
+        return torch.where(dead, float("nan"), out)
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+        needs: Sequence[bool],
+        residual: Residual,
+    ) -> tuple[Tensor | None, ...]:
+        """ATen's flash backward, of plain and causal attention only."""
+        batch, heads = query.shape[:-3], query.shape[-3]
+        options = {"dropout_p": 0.0, "is_causal": _is_causal(spec)}
+        scale = {"attn_mask": None, "scale": _scale(_form(spec))}
+        operands = [_four_d(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, **options, **scale)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _four_d(grad_out, batch), *operands, out, lse, **options, **scale
+        )
+        wanted = zip(grads, (query, key, value), needs[:3], strict=True)
+        found = [_summed(grad, x, batch) if need else None for grad, x, need in wanted]
+        return (*found, *(None for _ in captures))
+
+
+# --- what it refuses --------------------------------------------------------------------------------
+
+
+def _cannot_say(spec: AttentionSpec) -> tuple[str, ...]:
+    form = form_of(spec.score)
+    reasons = [
+        (form is None, f"SDPA has no score program such as {text(spec.score)}"),
+        (form is not None and form.softcap is not None, "SDPA has no softcap"),
+        (form is not None and not _is_number(form.scale), "SDPA's scale is a positive number, not a tensor"),
+        (spec.weight != P, "SDPA has no weight program"),
+        (spec.sink is not None, "SDPA has no sinks"),
+    ]
+    return tuple(reason for holds, reason in reasons if holds)
+
+
+def _means_otherwise(problem: Problem) -> tuple[str, ...]:
+    spec = problem.spec
+    form = form_of(spec.score)
+    if form is None or not form.keep or (_is_causal(spec) and not form.bias):
+        return ()
+    if problem.numerics == "fast":
+        return ()
+    return ("a mask other than top-left causal is added to the scores, which lets NaN and infinite keys through",)
+
+
+def _slow_path(problem: Problem) -> tuple[str, ...]:
+    form = form_of(problem.spec.score)
+    biased = form is not None and bool(form.bias or form.keep) and not _is_causal(problem.spec)
+    dtypes = {problem.query.dtype, problem.key.dtype, problem.value.dtype}
+    reasons = [
+        (problem.spec.dropout > 0, "ATen's CPU kernel has no dropout"),
+        (problem.query.shape[-1] != problem.value.shape[-1], "ATen's CPU kernel needs value as wide as query"),
+        (len(dtypes) > 1 or not dtypes <= set(DTYPES), "ATen's CPU kernel needs operands of one floating dtype"),
+        (biased and problem.training, "the backward of ATen's CPU kernel is not exact behind a bias or mask"),
+        (problem.training and problem.query.dtype == torch.float16, "ATen's CPU kernel has a slow float16 backward"),
+    ]
+    return tuple(reason for holds, reason in reasons if holds)
+
+
+# --- how it says the spec ---------------------------------------------------------------------------
+
+
+def _form(spec: AttentionSpec) -> Form:
+    form = form_of(spec.score)
+    if form is None:
+        raise BadProgram(f"sdpa was asked for a program it refuses: {text(spec.score)}")
+    return form
+
+
+def _is_number(scale: Expr) -> bool:
+    return isinstance(scale, Const) and scale.value > 0
+
+
+def _scale(form: Form) -> float:
+    if not isinstance(form.scale, Const):
+        raise BadProgram(f"sdpa was asked for a scale it refuses: {text(form.scale)}")
+    return float(form.scale.value)
+
+
+def _is_causal(spec: AttentionSpec) -> bool:
+    """Whether the mask is ``n <= m`` and nothing else: every row keeps key 0, so its fill is never seen."""
+    form = form_of(spec.score)
+    band = band_of(spec)
+    certain = form is not None and not form.bias and (form.fill == float("-inf") or form.fill <= ABSORBING)
+    return certain and band.exact and (band.left, band.right) == (None, 0)
+
+
+def _mask(
+    form: Form, query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int]
+) -> Tensor | None:
+    """Biases and masks as one additive tensor that broadcasts against the scores."""
+    parts = list(form.bias)
+    for conjunct in form.keep:
+        parts.append(apply("where", conjunct, Const(0.0), Const(form.fill)))
+    scope = Scope.whole(query, key, captures, symbols)
+    found: Tensor | None = None
+    for part in parts:
+        value = evaluate(part, scope).to(scope.dtype)
+        found = value if found is None else found + value
+    return found
+
+
+def _four_d(tensor: Tensor, batch: Sequence[int]) -> Tensor:
+    """``[*B, H, M, D]`` with exactly one batch dimension."""
+    if tensor.shape[:-3] != tuple(batch):
+        tensor = tensor.expand(*batch, *tensor.shape[-3:])
+    return tensor if len(batch) == 1 else tensor.reshape(-1, *tensor.shape[-3:])
+
+
+def _summed(grad: Tensor, operand: Tensor, batch: Sequence[int]) -> Tensor:
+    """The gradient of repeated heads and expanded batches, in the operand's shape."""
+    heads = operand.shape[-3]
+    grad = grad.view(*batch, *grad.shape[-3:])
+    grad = grad if grad.shape[-3] == heads else grad.unflatten(-3, (heads, -1)).sum(-3)
+    return grad.sum_to_size(operand.shape)

@@ -1,0 +1,97 @@
+"""What a mask says about whole rows: which keys a block of rows can keep, and whether every row keeps one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from attnfuse.form import Causal, Feature, Window, features, form_of
+from attnfuse.score import Apply, Capture, Const, Expr, Symbol, walk
+from attnfuse.spec import AttentionSpec
+
+__all__ = ["Band", "band_of", "rows_kept"]
+
+_ARITHMETIC = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "floordiv": lambda a, b: a // b,
+    "min": min,
+    "max": max,
+    "neg": lambda a: -a,
+}
+
+
+@dataclass(frozen=True)
+class Band:
+    """Row ``m`` keeps at most keys ``m + left <= n <= m + right``; None where that side is open.
+
+    ``exact`` says that the mask is nothing but this band: a key inside is kept.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    exact: bool = True
+
+    def reach(self, first: int, last: int, keys: int) -> tuple[int, int]:
+        """The keys that any row in ``first..last-1`` can keep, as a span; at least one key when there are any."""
+        start = 0 if self.left is None else min(max(first + self.left, 0), max(keys - 1, 0))
+        stop = keys if self.right is None else min(max(last + self.right, 0), keys)
+        return start, max(stop, min(start + 1, keys))
+
+    def core(self, first: int, last: int, keys: int) -> tuple[int, int]:
+        """The keys inside the band of every row in ``first..last-1``, as a span; empty spans start where they stop."""
+        start = 0 if self.left is None else min(max(last - 1 + self.left, 0), keys)
+        stop = keys if self.right is None else min(max(first + self.right + 1, 0), keys)
+        return start, max(start, stop)
+
+
+@lru_cache(maxsize=1024)
+def band_of(spec: AttentionSpec, symbols: tuple[int, ...] = ()) -> Band:
+    """The band of a spec's mask, its sizes being ``symbols``; an open band where the program has no form."""
+    found = features(spec)
+    form = form_of(spec.score)
+    if found is None or form is None:
+        return Band(exact=False)
+    edges = [(type(f), _number(f.offset, symbols)) for f in found if isinstance(f, (Causal, Window))]
+    left = [offset for edge, offset in edges if edge is Window and offset is not None]
+    right = [offset for edge, offset in edges if edge is Causal and offset is not None]
+    exact = len(left) + len(right) == len(form.keep)
+    return Band(max(left, default=None), min(right, default=None), exact)
+
+
+def rows_kept(spec: AttentionSpec, rows: int, keys: int, symbols: Sequence[int] = ()) -> bool:
+    """Whether every query row is proven to have a finite logit, for finite scores.
+
+    Proven for masks that are a band, without captured biases (which may hold -inf). A band's width is
+    concave in the row, so its first and last row decide. Symbolic sizes count at the values given.
+    """
+    form, band = form_of(spec.score), band_of(spec, tuple(symbols))
+    if form is None or not band.exact or keys == 0 or any(_captured(bias) for bias in (*form.bias, form.scale)):
+        return False
+    return all(_width(band, row, keys) > 0 for row in (0, rows - 1)) if rows else True
+
+
+def _width(band: Band, row: int, keys: int) -> int:
+    start = 0 if band.left is None else max(row + band.left, 0)
+    stop = keys if band.right is None else min(row + band.right + 1, keys)
+    return stop - start
+
+
+def _captured(program: Expr) -> bool:
+    return any(isinstance(part, Capture) for part in walk(program))
+
+
+def _number(program: Expr, symbols: tuple[int, ...]) -> int | None:
+    """The value of an integer program of constants and sizes; None where it is anything else."""
+    match program:
+        case Const(int() as value):
+            return int(value)
+        case Symbol(slot) if slot < len(symbols):
+            return symbols[slot]
+        case Apply(op, args) if op in _ARITHMETIC:
+            numbers = [_number(arg, symbols) for arg in args]
+            known = [number for number in numbers if number is not None]
+            return int(_ARITHMETIC[op](*known)) if len(known) == len(args) else None
+    return None

@@ -1,0 +1,170 @@
+"""Attention in plain eager torch: the oracle that kernels are held against, and the fallback.
+
+Nothing is blocked, skipped or fused: the scores exist as one tensor. Arithmetic is float64 when the
+query is float64 and float32 otherwise, so for half types it is more exact than the written-out program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnfuse.dropout import kept
+from attnfuse.errors import BadProgram
+from attnfuse.score import Apply, Capture, Const, Expr, Index, Prob, Score, Symbol
+from attnfuse.spec import AttentionSpec
+
+__all__ = ["Scope", "applied", "attention", "compute_dtype", "evaluate", "repeat_heads", "seed_of"]
+
+Span = tuple[int, int]
+"""First index and one past the last."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the variables of a program stand for in one block of the scores.
+
+    ``spans`` is the block, one span for each axis of ``[*B, H, M, N]``; ``captures`` are the *whole*
+    captured tensors, cut to the block when they are read; ``score`` and ``weight`` have the block's shape.
+    """
+
+    spans: tuple[Span, ...]
+    captures: Sequence[Tensor]
+    symbols: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+    score: Tensor | None = None
+    weight: Tensor | None = None
+
+    @staticmethod
+    def whole(query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int]) -> Scope:
+        """The scope of all scores of ``query`` and ``key``, without scores yet."""
+        spans = tuple((0, size) for size in (*query.shape[:-1], key.shape[-2]))
+        return Scope(spans, captures, symbols, compute_dtype(query.dtype), query.device)
+
+    def index(self, axis: int) -> Tensor:
+        """The indices along one axis of the block, int64, shaped to broadcast against it."""
+        first, last = self.spans[axis]
+        rank = len(self.spans)
+        return torch.arange(first, last, device=self.device).view(*(-1 if i == axis else 1 for i in range(rank)))
+
+    def indices(self) -> tuple[Tensor, ...]:
+        """:meth:`index` of every axis."""
+        return tuple(self.index(axis) for axis in range(len(self.spans)))
+
+    def capture(self, slot: int) -> Tensor:
+        """A captured tensor, cut to the block; axes of size 1 stay."""
+        tensor = self.captures[slot]
+        for axis, (first, last) in enumerate(self.spans):
+            if tensor.shape[axis] != 1:
+                tensor = tensor.narrow(axis, first, last - first)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that scores and programs are computed in, for operands of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- programs ---------------------------------------------------------------------------------------
+
+#: Operations that make a float of whatever they are given.
+_FLOATING: dict[str, Callable[..., Tensor]] = {
+    "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "erf": torch.erf,
+    "sin": torch.sin, "cos": torch.cos, "log1p": torch.log1p, "expm1": torch.expm1,
+    "softplus": F.softplus, "div": torch.true_divide, "float": lambda x: x,
+}  # fmt: skip
+#: Operations that keep the type of their arguments, or answer in bool.
+_KEEPING: dict[str, Callable[..., Tensor]] = {
+    "neg": torch.neg, "not": torch.bitwise_not, "abs": torch.abs, "relu": torch.relu, "sign": torch.sign,
+    "floor": torch.floor, "ceil": torch.ceil, "isnan": torch.isnan, "isinf": torch.isinf,
+    "int": lambda x: x.to(torch.int64), "bool": lambda x: x.to(torch.bool),
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "floordiv": torch.floor_divide,
+    "mod": torch.remainder, "pow": torch.pow, "min": torch.minimum, "max": torch.maximum,
+    "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge, "eq": torch.eq, "ne": torch.ne,
+    "and": torch.bitwise_and, "or": torch.bitwise_or, "xor": torch.bitwise_xor, "where": torch.where,
+}  # fmt: skip
+
+
+def evaluate(program: Expr, scope: Scope) -> Tensor:
+    """The value of a program on a block: a tensor that broadcasts to the block's shape.
+
+    Floats are of ``scope.dtype``, integers int64. Differentiable in scores, weights and floating captures.
+    Raises :class:`BadProgram` where the program reads ``s`` or ``p`` and the scope has none.
+    """
+    match program:
+        case Score() if scope.score is not None:
+            return scope.score.to(scope.dtype)
+        case Prob() if scope.weight is not None:
+            return scope.weight.to(scope.dtype)
+        case Index(axis):
+            rank = len(scope.spans)
+            return scope.index(int(axis[1:]) if axis[0] == "b" else rank - 3 + "hmn".index(axis))
+        case Symbol(slot):
+            return torch.scalar_tensor(scope.symbols[slot], dtype=torch.int64, device=scope.device)
+        case Capture(slot):
+            return scope.capture(slot)
+        case Const(value):
+            kind = {bool: torch.bool, int: torch.int64, float: scope.dtype}[type(value)]
+            return torch.scalar_tensor(value, dtype=kind, device=scope.device)
+        case Apply(op, args):
+            return applied(op, [evaluate(arg, scope) for arg in args], scope.dtype)
+    raise BadProgram(f"a program reads {type(program).__name__.lower()} where there is none")
+
+
+def applied(op: str, args: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One operation of :data:`attnfuse.score.ARITY` on tensors, its floats of ``dtype``."""
+    if op in _FLOATING:
+        return _FLOATING[op](*(arg if arg.is_floating_point() else arg.to(dtype) for arg in args))
+    return _KEEPING[op](*args)
+
+
+# --- attention --------------------------------------------------------------------------------------
+
+
+def attention(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captures: Sequence[Tensor] = (),
+    symbols: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """``out [*B, H, M, Dv]`` in value's dtype and ``lse [*B, H, M]``, the natural log of each row's sum, float32.
+
+    Shapes as in :mod:`attnfuse.spec`; differentiable by autograd. With dropout the last capture is the
+    seed (:func:`seed_of`).
+    """
+    scope = Scope.whole(query, key, captures, symbols)
+    heads = query.shape[-3]
+    score = query.to(scope.dtype) @ repeat_heads(key, heads).to(scope.dtype).transpose(-1, -2)
+    logit = evaluate(spec.score, replace(scope, score=score)).expand(score.shape)
+    if spec.sink is not None:
+        sink = evaluate(spec.sink, scope).to(scope.dtype)
+        logit = torch.cat([logit, sink.expand(*logit.shape[:-1], 1)], dim=-1)
+    weight = torch.softmax(logit, dim=-1)[..., : score.shape[-1]]
+    weight = evaluate(spec.weight, replace(scope, weight=weight)).expand(score.shape)
+    if spec.dropout:
+        mask = kept(seed_of(spec, captures), spec.dropout, scope.indices())
+        # a product, not a where: a dropped NaN stays NaN, as in torch.nn.functional.dropout
+        weight = weight * (mask.to(scope.dtype) / (1 - spec.dropout) if spec.dropout < 1 else 0.0)
+    out = weight.to(scope.dtype) @ repeat_heads(value, heads).to(scope.dtype)
+    return out.to(value.dtype), torch.logsumexp(logit, dim=-1).to(torch.float32)
+
+
+def seed_of(spec: AttentionSpec, captures: Sequence[Tensor]) -> Tensor:
+    """Dropout's seed: an int64 tensor of one element, one capture after those that the spec names."""
+    if len(captures) != len(spec.captures) + 1:
+        raise BadProgram(f"dropout needs its seed as capture {len(spec.captures)}; there are {len(captures)} captures")
+    return captures[-1]
+
+
+def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
+    """Key or value ``[*B, Hkv, N, D]`` as each query head sees it: ``[*B, heads, N, D]``."""
+    repeats = heads // max(tensor.shape[-3], 1)
+    return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=-3)

@@ -1,0 +1,77 @@
+"""What a person sees: progress on the standard error, tables on the standard output, plain text when piped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from attnfuse.report import Certificate, Fused, Report
+
+__all__ = ["show_certificate", "show_report", "show_rows", "stage"]
+
+
+@contextmanager
+def stage(words: str) -> Iterator[None]:
+    """Says that ``words`` is being done, where somebody is watching."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"{words} ..."):
+        yield
+
+
+def show_report(report: Report) -> None:
+    """Every site, equal ones on one row: a table for a person, the report's own text for a pipe."""
+    if not sys.stdout.isatty():
+        click.echo(str(report))
+        return
+    if report.fused:
+        fused = (("sites", "fused", "shape", "kernel", "estimated gain"), map(_fused_row, report.fused))
+        show_rows(*_counted(*fused))
+    if report.refused:
+        refused = ((site.reason, site.remedy, site.source or site.node) for site in report.refused)
+        show_rows(*_counted(("sites", "refused because", "remedy", "where"), refused))
+    click.echo(f"{len(report.sites)} attention sites: {len(report.fused)} fused, {len(report.refused)} refused")
+
+
+def show_certificate(certificate: Certificate) -> None:
+    """One line on how a result was verified, or why it was not."""
+    if certificate.skipped:
+        click.echo(f"not verified: {certificate.skipped}")
+        return
+    click.echo(
+        f"verified on {', '.join(certificate.inputs)}: largest error against float64 "
+        f"{certificate.fused_max:.2g}, the source's own {certificate.source_max:.2g}"
+    )
+
+
+def show_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table for a person; tab-separated lines, without the header, for a pipe."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            click.echo("\t".join(row))
+        return
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table, markup=False)
+
+
+def _fused_row(site: Fused) -> tuple[str, ...]:
+    kernel, unfused = site.seconds.get(site.kernel), site.seconds.get("unfused")
+    gain = f"{unfused / kernel:.1f}x" if kernel and unfused else ""
+    return site.what, site.shape, site.kernel, gain
+
+
+def _counted(header: Sequence[str], rows: Iterable[tuple[str, ...]]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+    """Equal rows as one, its count in front, in order of first appearance."""
+    counts: dict[tuple[str, ...], int] = {}
+    for row in rows:
+        counts[row] = counts.get(row, 0) + 1
+    return header, [(str(count), *row) for row, count in counts.items()]

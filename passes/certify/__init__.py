@@ -1,0 +1,7 @@
+"""Replays each matched subgraph beside what will replace it, on inputs made to find a difference."""
+
+from __future__ import annotations
+
+from attnfuse.passes.certify.check import Effort, certify
+
+__all__ = ["Effort", "certify"]

@@ -1,0 +1,60 @@
+"""Inputs that make a wrong rewrite visible: masked rows, finite fills, large logits, ties, odd ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from attnfuse.graph import facts
+
+__all__ = ["TRIALS", "Trial", "draw"]
+
+#: Makes a tensor of a shape and dtype; the generator is the certificate's.
+Trial = Callable[[tuple[int, ...], torch.dtype, torch.Generator], Tensor]
+
+
+def draw(node: Node, trial: Trial, generator: torch.Generator) -> Tensor | int:
+    """A value for one input, at the sizes it was traced with."""
+    if not facts.is_tensor(node):
+        return facts.hint_of(node)
+    return trial(facts.hint(node), facts.dtype(node), generator)
+
+
+def _plain(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Standard normal floats, fair coins, small ids."""
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.7
+    if not dtype.is_floating_point:
+        return torch.randint(0, 3, shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def _loud(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Logits far apart: a softmax that is nearly a choice."""
+    found = _plain(shape, dtype, generator)
+    return found * 6 if dtype.is_floating_point else found
+
+
+def _masked(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Whole rows masked, ids all equal: what padding does."""
+    found = _plain(shape, dtype, generator)
+    if found.dim() and not dtype.is_floating_point:
+        found[..., : (shape[-1] + 1) // 2] = False
+        found[:1] = False
+    return found
+
+
+def _filled(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Tensors with few dimensions or a broadcast one, which may be additive masks, hold the lowest finite value."""
+    found = _plain(shape, dtype, generator)
+    if dtype.is_floating_point and 1 in shape:
+        lowest = torch.finfo(dtype).min
+        found = torch.where(torch.rand(shape, generator=generator) < 0.5, lowest, 0.0).to(dtype)
+    return found
+
+
+#: What every site is tried with, by name.
+TRIALS: tuple[tuple[str, Trial], ...] = (("plain", _plain), ("loud", _loud), ("masked", _masked), ("filled", _filled))

@@ -1,0 +1,96 @@
+"""Contractions: matrix products in all their forms, read as a sum over new axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.fx import Node
+
+from attnfuse.axes import Index, Unreadable
+from attnfuse.graph import facts
+from attnfuse.passes.lift.atoms import Dot, Place
+from attnfuse.passes.lift.pointwise import operand
+from attnfuse.passes.lift.reader import Reader, Rule
+from attnfuse.score import Expr, apply
+
+__all__ = ["CONTRACTIONS"]
+
+Arguments = Mapping[str, Any]
+
+
+def _product(reader: Reader, node: Node, left: Node, right: Node, place: Place) -> Expr:
+    """``left @ right`` as torch.matmul defines it, for operands of one or more dimensions."""
+    inner = reader.space.fresh(facts.shape(left)[-1])
+    rows = place[:-1] if facts.rank(right) > 1 else place
+    batch = rows[:-1] if facts.rank(left) > 1 else rows
+    row = rows[-1:] if facts.rank(left) > 1 else ()
+    column = place[-1:] if facts.rank(right) > 1 else ()
+    left_place = (*_batch_of(left, 1 + len(row), batch), *row, inner)
+    right_place = (*_batch_of(right, 1 + len(column), batch), inner, *column)
+    return reader.atom(Dot(node, place, left, left_place, right, right_place, inner.axes))
+
+
+def _batch_of(node: Node, matrix_dims: int, batch: Place) -> Place:
+    """The batch dimensions of an operand: aligned right, size 1 read at 0."""
+    sizes = facts.shape(node)[: facts.rank(node) - matrix_dims]
+    wanted = batch[len(batch) - len(sizes) :]
+    return tuple(Index() if size == 1 else index for index, size in zip(wanted, sizes, strict=True))
+
+
+def _matmul(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    return _product(reader, node, args["self"], args.get("other", args.get("mat2")), place)
+
+
+def _with_addend(left: str, right: str) -> Rule:
+    """``beta * self + alpha * (left @ right)``."""
+
+    def rule(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+        product = _product(reader, node, args[left], args[right], place)
+        scaled = apply("mul", reader.scalar(args["alpha"]), product)
+        if args["beta"] == 0:  # self is then ignored, NaN or not
+            return scaled
+        addend = apply("mul", reader.scalar(args["beta"]), operand(reader, args["self"], place))
+        return apply("add", scaled, addend)
+
+    return rule
+
+
+def _linear(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    source, weight, bias = args["input"], args["weight"], args.get("bias")
+    inner = reader.space.fresh(facts.shape(source)[-1])
+    weight_place = (*place[-1:], inner) if facts.rank(weight) == 2 else (inner,)
+    source_place = (*(place[:-1] if facts.rank(weight) == 2 else place), inner)
+    product = reader.atom(Dot(node, place, source, source_place, weight, weight_place, inner.axes))
+    return product if bias is None else apply("add", product, operand(reader, bias, place))
+
+
+def _einsum(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    equation, tensors = args["equation"].replace(" ", ""), args["tensors"]
+    terms, arrow, result = equation.partition("->")
+    letters = terms.split(",")
+    if not arrow or "." in equation or len(tensors) != 2:
+        raise Unreadable("an einsum that is not an explicit product of two tensors")
+    at = dict(zip(result, place, strict=True))
+    for tensor, names in zip(tensors, letters, strict=True):
+        for name, size in zip(names, facts.shape(tensor), strict=True):
+            if name not in at:
+                at[name] = reader.space.fresh(size)
+    if any(len(set(names)) != len(names) for names in letters):
+        raise Unreadable("an einsum that reads a diagonal")
+    summed = tuple(axis for name, index in at.items() if name not in result for axis in index.axes)
+    left, right = (
+        tuple(Index() if size == 1 else at[name] for name, size in zip(names, facts.shape(tensor), strict=True))
+        for tensor, names in zip(tensors, letters, strict=True)
+    )
+    return reader.atom(Dot(node, place, tensors[0], left, tensors[1], right, summed))
+
+
+#: Sums of products, by ATen name.
+CONTRACTIONS: dict[str, Rule] = {
+    **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
+    "baddbmm": _with_addend("batch1", "batch2"),
+    "addmm": _with_addend("mat1", "mat2"),
+    "linear": _linear,
+    "einsum": _einsum,
+}

@@ -1,0 +1,88 @@
+"""Why an attention that was read well may still not be replaced: others look at it, or write into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from dataclasses import replace
+
+from torch.fx import Node
+
+from attnfuse.errors import Refused
+from attnfuse.graph import facts
+from attnfuse.graph.order import Order, Write, storage
+from attnfuse.passes.site import Site
+
+__all__ = ["interior", "without_hazards"]
+
+def without_hazards(site: Site, order: Order) -> Site:
+    """The site with its interior. Raises :class:`Refused` where a score or weight is used outside, or where
+    something that was read is overwritten."""
+    inside = interior(site, order)
+    for node in inside:
+        for user in node.users:
+            if user not in inside and user is not site.node and order.is_live(user):
+                raise _escape(site, node, user, order)
+    for leaf in {leaf.node for leaf in site.read()}:
+        _refuse_overwritten(leaf, site, order)
+    for write in order.writes_between(site.product, site.node):
+        if write.target in inside:
+            _refuse_shared_write(write, inside, order)
+    for node in site.reads if order.writes else ():
+        _refuse_stale(node, site, order)
+    return replace(site, interior=frozenset(inside))
+
+
+def interior(site: Site, order: Order) -> set[Node]:
+    """The nodes from the first product up to, not including, the second: scores, logits and weights."""
+    after = _closure([site.product], lambda n: (u for u in n.users if order.before(u, site.node)))
+    return _closure([site.node], lambda n: (a for a in n.all_input_nodes if a in after)) - {site.node}
+
+
+def _closure(start: list[Node], step: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    seen, stack = set(start), list(start)
+    while stack:
+        for node in step(stack.pop()):
+            if node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return seen
+
+
+def _escape(site: Site, node: Node, user: Node, order: Order) -> Refused:
+    what = "scores" if order.before(node, site.softmax) else "weights"
+    by = "returned" if user.op == "output" else f"also used by {user.name}"
+    remedy = "do not ask for attention weights (output_attentions=False)"
+    return Refused(f"the attention {what} are {by}", node.name, facts.source_line(node), remedy)
+
+
+def _refuse_overwritten(leaf: Node, site: Site, order: Order) -> None:
+    """Operands are read where the fused node stands, which may be later than where the source read them."""
+    for write in order.writes_between(leaf, site.node):
+        if storage(write.target) is storage(leaf) and write.node is not leaf:
+            reason = f"{leaf.name} is overwritten before the product with the values"
+            raise Refused(reason, write.node.name, facts.source_line(write.node), "write into a copy")
+
+
+def _refuse_stale(node: Node, site: Site, order: Order) -> None:
+    """What was read by an older name must not have been written under a newer one in between."""
+    for write in order.writes_between(node, site.node):
+        late = any(order.before(write.node, user) for user in node.users if user in site.reads)
+        if late and storage(write.target) is storage(node):
+            reason = f"{node.name} is written in place and then read by its older name"
+            raise Refused(reason, write.node.name, facts.source_line(write.node), "use the out-of-place operation")
+
+
+def _refuse_shared_write(write: Write, inside: set[Node], order: Order) -> None:
+    """An in-place step on the scores is as good as a pure one while nobody else sees the storage."""
+    home = storage(write.target)
+    stale = [
+        node
+        for node in inside | {home}
+        if storage(node) is home
+        and order.before(node, write.node)
+        and any(order.before(write.node, user) for user in node.users)
+    ]
+    if home not in inside or stale:
+        reason = "the scores are written in place while another view of them is in use"
+        raise Refused(reason, write.node.name, facts.source_line(write.node), "use the out-of-place operation")

@@ -1,0 +1,176 @@
+"""Reads the value of a node at a symbolic index: the interpreter that lift is built on.
+
+Every node of a graph is a function from an index to a number. :meth:`Reader.read` asks for that number and
+gets an expression back: views change the index, pointwise operations become operations, creation
+operations (``arange``, ``full``) become index arithmetic, contractions and normalisers become atoms, and
+whatever no rule understands is a leaf, which is always right because every node is a tensor that the
+graph computes anyway. A spelling is thus never compared with a template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from functools import partial, reduce
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from attnfuse.algebra import Kind, kind, normalise
+from attnfuse.axes import Index, Size, Space, Unreadable
+from attnfuse.graph import facts
+from attnfuse.passes.lift.atoms import Atom, Dot, Leaf, Place
+from attnfuse.score import Apply, Capture, Const, Expr, Symbol, apply, walk
+from attnfuse.score import Index as Variable
+
+__all__ = ["Reader", "Rule", "Rules"]
+
+#: ``rule(reader, node, arguments, place)`` is the node's value at that place; raises Unreadable to make it a leaf.
+Rule = Callable[["Reader", Node, Mapping[str, Any], Place], Expr]
+Rules = Mapping[str, Rule]
+
+#: Deeper chains and larger expressions than any mask or bias has; beyond them a value is a leaf.
+_MAX_DEPTH = 150
+_MAX_SIZE = 300
+
+
+class Reader:
+    """Reads one site. All expressions it returns share its axes, atoms and symbols."""
+
+    def __init__(self, rules: Rules, is_given: Callable[[Node], bool] = lambda node: True) -> None:
+        """``is_given`` says which nodes' values a fused node could be handed; only those can be leaves."""
+        self.space = Space()
+        self.atoms: list[Atom] = []
+        self.symbols: list[Size] = []
+        #: Which axis an index variable of an expression runs over.
+        self.axes: dict[str, Index] = {}
+        self._rules = rules
+        self._is_given = is_given
+        self._slots: dict[Atom, int] = {}
+        self._memo: dict[tuple[Node, Place], Expr] = {}
+        self._depth = 0
+        #: Nodes in the order they were read.
+        self.trail: list[tuple[Node, Place]] = []
+        #: Why a node that has a rule was left unread.
+        self.unread: dict[Node, str] = {}
+
+    def limited_to(self, rules: Rules) -> Reader:
+        """A reader with fewer rules that shares everything found so far."""
+        other = copy(self)
+        other._rules, other._memo, other.trail = rules, {}, []
+        return other
+
+    def read(self, node: Node, place: Place) -> Expr:
+        """The value of a tensor node at ``place``, one index for each dimension."""
+        place = self.final(place)
+        if (node, place) not in self._memo:
+            self._memo[node, place] = self._interpret(node, place)
+        return self._memo[node, place]
+
+    def _interpret(self, node: Node, place: Place) -> Expr:
+        self.trail.append((node, place))
+        name = facts.op_name(node)
+        rule = self._rules.get(name) or self._rules.get(name.rstrip("_"))
+        if rule is None or self._depth > _MAX_DEPTH:
+            return self.leaf(node, place)
+        self._depth += 1
+        try:
+            found = normalise(rule(self, node, facts.arguments(node), place), self.kind_of)
+        except Unreadable as error:
+            self.unread[node] = str(error)
+            return self.leaf(node, place)
+        finally:
+            self._depth -= 1
+        return found if self._is_usable(found) else self.leaf(node, place)
+
+    def _is_usable(self, expr: Expr) -> bool:
+        """A leaf must be a plain view of its node, since that is how the fused node will be given it."""
+        parts = list(walk(expr))
+        atoms = [self.atoms[part.slot] for part in parts if isinstance(part, Capture)]
+        return len(parts) <= _MAX_SIZE and all(self.is_plain(a) for a in atoms if isinstance(a, Leaf))
+
+    def is_plain(self, leaf: Leaf) -> bool:
+        """Whether the leaf's value can be had, and each of its dimensions is covered by axes of its own."""
+        axes = [axis for index in leaf.place for axis in self.space.resolve(index.axes)]
+        whole = all(i.covers(size) for i, size in zip(leaf.place, facts.shape(leaf.node), strict=True))
+        return whole and len(set(axes)) == len(axes) and self._is_given(leaf.node)
+
+    def final(self, place: Place) -> Place:
+        """The place in axes that are split no further."""
+        return tuple(map(self.space.resolved, place))
+
+    # --- atoms --------------------------------------------------------------------------------------
+
+    def leaf(self, node: Node, place: Place) -> Capture:
+        """The node's value, unread."""
+        return self.atom(Leaf(node, self.final(place)))
+
+    def atom(self, atom: Atom) -> Capture:
+        """The slot of an atom; equal atoms share one."""
+        if atom not in self._slots:
+            self._slots[atom] = len(self.atoms)
+            self.atoms.append(atom)
+        return Capture(self._slots[atom])
+
+    def kind_of(self, slot: int) -> Kind:
+        """bool, int or float: what the atom in a slot is."""
+        match self.atoms[slot]:
+            case Leaf(node) | Dot(node):
+                return facts.kind(node)
+        return "float"
+
+    def is_product(self, slot: int) -> bool:
+        """Whether the atom in a slot is a contraction."""
+        return isinstance(self.atoms[slot], Dot)
+
+    def kind(self, expr: Expr) -> Kind:
+        return kind(expr, self.kind_of)
+
+    # --- numbers ------------------------------------------------------------------------------------
+
+    def scalar(self, argument: object) -> Expr:
+        """A number, a symbolic size, a zero-dimensional tensor, or ``tensor.item()``."""
+        match argument:
+            case bool() | int() | float():
+                return Const(argument)
+            case Node() if facts.is_tensor(argument) and facts.rank(argument) == 0:
+                return self.read(argument, ())
+            case Node() if facts.op_name(argument) in ("item", "_local_scalar_dense"):
+                (source,) = argument.all_input_nodes
+                return self.leaf(source, (Index(),) * facts.rank(source))
+            case Node() | torch.SymInt():
+                return self.size(facts.size_of(argument))
+        raise Unreadable(f"{argument!r} is not a number")
+
+    def size(self, size: Size) -> Expr:
+        """A size as an expression: a literal, or a symbol whose value the fused node is given."""
+        if isinstance(size, int):
+            return Const(size)
+        if isinstance(size, (sympy.Add, sympy.Mul)):
+            op = "add" if isinstance(size, sympy.Add) else "mul"
+            return reduce(partial(apply, op), map(self.size, map(facts.size_of, size.args)))
+        if size not in self.symbols:
+            self.symbols.append(size)
+        return Symbol(self.symbols.index(size))
+
+    def position(self, index: Index) -> Expr:
+        """The number that an index stands for."""
+        total: Expr = Const(0)
+        for axis in index.axes:
+            self.axes[axis.name] = Index((axis,))
+            total = apply("add", apply("mul", total, self.size(axis.size)), Variable(axis.name))
+        total = apply("add", total, self.size(index.offset))
+        return normalise(total, self.kind_of)
+
+    def as_index(self, expr: Expr) -> Index:
+        """The index that a number stands for, where it is one axis plus a constant."""
+        match expr:
+            case Const(int(value)):
+                return Index((), value)
+            case Variable(axis):
+                return self.axes[axis]
+            case Apply("add", (Variable(axis), Const(int(value)))):
+                return Index(self.axes[axis].axes, value)
+        raise Unreadable("the index is not an axis plus a constant")

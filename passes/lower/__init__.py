@@ -1,0 +1,8 @@
+"""Spec to kernel: chooses one, drafts the replacement, puts it into the graph."""
+
+from __future__ import annotations
+
+from attnfuse.passes.lower.apply import apply
+from attnfuse.passes.lower.choose import Plan, Wishes, plan
+
+__all__ = ["Plan", "Wishes", "apply", "plan"]

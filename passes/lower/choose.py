@@ -1,0 +1,104 @@
+"""Which kernel computes a site best, or that none of them beats the graph as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from attnfuse.axes import same_size
+from attnfuse.errors import NoKernel, Refused
+from attnfuse.graph import facts
+from attnfuse.graph.build import UnknownSize
+from attnfuse.kernels import UNFUSED, Choice, Numerics, Operand, Problem, choose, lookup, rows_kept
+from attnfuse.passes.lower.operands import Operands
+from attnfuse.passes.lower.replacement import Draft, draft, finished
+from attnfuse.passes.site import Attention
+from attnfuse.target import Target
+
+__all__ = ["Plan", "Wishes", "plan"]
+
+#: More rows than any program has, for proofs that must hold for every number of rows.
+_MANY = 2**40
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the caller wants of a kernel. ``profit`` False fuses even where the unfused graph is estimated faster."""
+
+    target: Target
+    kernel: str | None = None
+    numerics: Numerics = "faithful"
+    portable: bool = False
+    profit: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A site, the kernel chosen for it, and the graph that will replace it, whose placeholders are ``inputs``."""
+
+    attention: Attention
+    choice: Choice
+    problem: Problem
+    inputs: tuple[Node, ...]
+    replacement: GraphModule
+
+
+def plan(attention: Attention, wishes: Wishes) -> Plan | Refused:
+    """The best plan for a site; refused where no kernel can, or none is estimated to pay."""
+    try:
+        start = draft(attention)
+        problem = _problem(attention, start.operands, wishes.numerics)
+        choice = choose(problem, wishes.target, wishes.kernel, portable=wishes.portable)
+    except (UnknownSize, NoKernel) as error:
+        return _refusal(attention, str(error))
+    if wishes.profit and not choice.pays:
+        ours, theirs = choice.seconds[choice.kernel], choice.seconds[UNFUSED]
+        reason = f"no kernel is faster: {choice.kernel} is estimated at {ours:.2g} s, the graph as it is at {theirs:.2g} s"
+        return _refusal(attention, reason, "profit=False fuses all the same")
+    return _planned(attention, start, problem, choice, wishes)
+
+
+def _planned(attention: Attention, start: Draft, problem: Problem, choice: Choice, wishes: Wishes) -> Plan:
+    kernel = lookup(choice.kernel)
+    module = finished(attention, start, kernel, wishes.portable, problem.training)
+    return Plan(attention, choice, problem, start.inputs, module)
+
+
+def _refusal(attention: Attention, reason: str, remedy: str = "") -> Refused:
+    node = attention.site.softmax
+    return Refused(reason, node.name, facts.source_line(node), remedy)
+
+
+def _problem(attention: Attention, operands: Operands, numerics: Numerics) -> Problem:
+    """The site as the kernels are asked about it, with symbolic sizes at their hints."""
+    query, key, value = operands.query, operands.key, operands.value
+    sizes = [size for node in (query, key, value) for size in facts.shape(node)]
+    return Problem(
+        spec=attention.spec,
+        query=_operand(query),
+        key=_operand(key),
+        value=_operand(value),
+        captures=tuple(map(_operand, operands.captures)),
+        dynamic=not all(isinstance(size, int) for size in sizes),
+        rows_kept=_rows_kept(attention, query, key),
+        numerics=numerics,
+    )
+
+
+def _rows_kept(attention: Attention, query: Node, key: Node) -> bool:
+    """Whether every row keeps a key, whatever values the symbolic sizes take.
+
+    More keys never hurt, so one key and very many rows prove it for all; with as many rows as keys, one
+    of each does, since a band of constant offsets then holds the whole diagonal.
+    """
+    rows, keys = facts.shape(query)[-2], facts.shape(key)[-2]
+    if isinstance(rows, int) and isinstance(keys, int):
+        return rows_kept(attention.spec, rows, keys)
+    if same_size(rows, keys):
+        return rows_kept(attention.spec, 1, 1)
+    return rows_kept(attention.spec, _MANY, 1)
+
+
+def _operand(node: Node) -> Operand:
+    return Operand(facts.hint(node), facts.dtype(node), facts.tensor(node).requires_grad)

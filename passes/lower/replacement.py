@@ -1,0 +1,88 @@
+"""What a site is replaced by, as a graph of its own: layouts, one fused node, the source's shape again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from attnfuse.graph import facts
+from attnfuse.graph.build import Builder
+from attnfuse.kernels import Kernel
+from attnfuse.op import attention as attention_op
+from attnfuse.passes.lower.operands import Operands, build_operands, nearest, restore
+from attnfuse.passes.site import Attention
+from attnfuse.spec import AttentionSpec
+
+__all__ = ["Draft", "draft", "finished"]
+
+#: A dropout seed is drawn below this.
+_SEEDS = 2**62
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A graph whose placeholders stand for ``inputs`` and which holds the operands of a site's fused node."""
+
+    graph: Graph
+    inputs: tuple[Node, ...]
+    operands: Operands
+
+
+def draft(attention: Attention) -> Draft:
+    """The operands of ``attention``, built from its leaves."""
+    inputs = tuple(dict.fromkeys(nearest(layout).node for layout in attention.layouts))
+    graph = Graph()
+    standing = {node: graph.placeholder(node.name) for node in inputs}
+    for node, placeholder in standing.items():
+        placeholder.meta["val"] = facts.value(node)
+    operands = build_operands(Builder(graph), attention, standing.__getitem__)
+    return Draft(graph, inputs, operands)
+
+
+def finished(attention: Attention, start: Draft, kernel: Kernel, portable: bool, training: bool) -> GraphModule:
+    """The draft with the fused node, computed by ``kernel``; as the kernel's own ATen calls when ``portable``."""
+    builder = Builder(start.graph)
+    operands = start.operands
+    if attention.spec.dropout:
+        operands = _with_seed(builder, operands)
+    out = (_traced if portable else _called)(builder, attention.spec, operands, kernel, training)
+    start.graph.output(restore(builder, attention, out))
+    return GraphModule({}, start.graph)
+
+
+def _with_seed(builder: Builder, operands: Operands) -> Operands:
+    device = facts.tensor(operands.query).device
+    seed = builder.call(torch.ops.aten.randint.default, _SEEDS, [1], dtype=torch.int64, device=device)
+    captures = (*operands.captures, seed)
+    return Operands(operands.query, operands.key, operands.value, captures, operands.symbols)
+
+
+def _called(builder: Builder, spec: AttentionSpec, operands: Operands, kernel: Kernel, training: bool) -> Node:
+    tensors = (operands.query, operands.key, operands.value, list(operands.captures), list(operands.symbols))
+    with_lse = training and kernel.saves_lse
+    both = builder.call(attention_op.default, *tensors, spec.to_text(), kernel.name, with_lse)
+    return builder.item(both, 0)
+
+
+def _traced(builder: Builder, spec: AttentionSpec, operands: Operands, kernel: Kernel, training: bool) -> Node:
+    tensors = (operands.query, operands.key, operands.value, *operands.captures)
+    nodes = (*tensors, *(size for size in operands.symbols if isinstance(size, Node)))
+    sizes = tuple(None if isinstance(size, Node) else size for size in operands.symbols)
+    run = partial(_run, kernel, spec, len(operands.captures), sizes)
+    trace = make_fx(run, tracing_mode="fake", pre_dispatch=True)(*map(facts.value, nodes))
+    return builder.inline(trace, nodes)
+
+
+def _run(
+    kernel: Kernel, spec: AttentionSpec, captures: int, sizes: Sequence[int | None], *values: Tensor | int
+) -> Tensor:
+    query, key, value, *rest = values
+    given = iter(rest[captures:])
+    symbols = [next(given) if size is None else size for size in sizes]
+    return kernel.run(spec, query, key, value, rest[:captures], symbols)  # type: ignore[arg-type]

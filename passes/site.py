@@ -1,0 +1,116 @@
+"""What the stages hand on: lift finds a :class:`Site`, simplify makes an :class:`Attention` of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from attnfuse.axes import Axis, Index, Size
+from attnfuse.score import Capture, Expr, walk
+from attnfuse.spec import AttentionSpec
+
+__all__ = ["Attention", "Layout", "Leaf", "Operand", "Place", "Site"]
+
+#: Where in a tensor: one index for each of its dimensions.
+Place = tuple[Index, ...]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An element of a tensor that is taken as it is."""
+
+    node: Node
+    place: Place
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of a contraction: ``factor`` times any of ``views``, which all name the same element.
+
+    ``views`` begin with the contraction's own operand and end with the tensor that the views are of.
+    """
+
+    factor: Expr
+    views: tuple[Leaf, ...]
+
+    @property
+    def source(self) -> Leaf:
+        return self.views[-1]
+
+
+@dataclass(frozen=True)
+class Site:
+    """``out[place] = sum over keys of weight(softmax(score(query . key))) * value``, as lift read it.
+
+    ``node`` is the second contraction, ``product`` the first, ``softmax`` the normaliser. The programs read
+    ``s`` or ``p``, tensors ``t<slot>`` that ``leaves`` explains, indices that ``variables`` explains, and
+    sizes ``z<slot>`` of ``symbols``. Places are in axes that are split no further. ``reads`` are all nodes that
+    were interpreted; ``interior`` are those from the first contraction up to the second, which nobody else uses.
+    """
+
+    node: Node
+    product: Node
+    softmax: Node
+    place: Place
+    weight_place: Place
+    keys: tuple[Axis, ...]
+    inner: tuple[Axis, ...]
+    query: Operand
+    key: Operand
+    value: Operand
+    score: Expr
+    weight: Expr
+    extra: tuple[Expr, ...]
+    dropout: float
+    leaves: Mapping[int, Leaf]
+    variables: Mapping[str, tuple[Axis, ...]]
+    symbols: tuple[Size, ...]
+    reads: frozenset[Node]
+    interior: frozenset[Node] = frozenset()
+
+    def programs(self) -> tuple[Expr, ...]:
+        return (self.score, self.weight, *self.extra)
+
+    def read(self) -> Iterator[Leaf]:
+        """Every tensor that the fused node will read."""
+        yield from (self.query.source, self.key.source, self.value.source)
+        for program in self.programs():
+            yield from (self.leaves[part.slot] for part in walk(program) if isinstance(part, Capture))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor becomes an operand: any of ``views``, its axes brought into ``groups``, one to a dimension.
+
+    A group none of whose axes the tensor has becomes a dimension of size 1, or is expanded where
+    ``expand`` says so; the tensor is cast to ``dtype``.
+    """
+
+    views: tuple[Leaf, ...]
+    groups: tuple[tuple[Axis, ...], ...]
+    expand: tuple[bool, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One site in canonical form: what it computes and where its operands are. Shapes as in :mod:`attnfuse.spec`.
+
+    ``groups`` are the dimensions of the fused node's result; ``place`` those of ``site.node``, in the same axes.
+    """
+
+    site: Site
+    spec: AttentionSpec
+    query: Layout
+    key: Layout
+    value: Layout
+    captures: tuple[Layout, ...]
+    symbols: tuple[Size, ...]
+    groups: tuple[tuple[Axis, ...], ...]
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return (self.query, self.key, self.value, *self.captures)

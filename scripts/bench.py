@@ -1,0 +1,113 @@
+"""Measures attnfuse beside its peers on this machine: speed, memory and error, or with --cost the rewriting itself.
+
+\b
+python scripts/bench.py --device cpu             every variant, length and dtype
+python scripts/bench.py --only llama,bias -n 2048
+python scripts/bench.py --quick                  seconds, not minutes: does it run at all
+python scripts/bench.py --cost                   fuse_graph against nodes, and against Inductor
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from benchmark import cost as rewriting
+from benchmark.cases import DTYPES, QUICK_LENGTH, VARIANTS, Case, cases
+from benchmark.measure import Effort, measure
+from benchmark.table import as_json, as_table
+from benchmark.targets import Target, growth, speed
+
+T = TypeVar("T")
+
+QUICK = Effort(seconds=0.5, fewest=2, most=3, block=0.002)
+LAYERS = (8, 16, 32, 64, 128)
+QUICK_LAYERS = (1, 2, 4)
+
+#: Wide enough for every column where the output is no terminal.
+err, out = Console(stderr=True), Console(width=None if Console().is_terminal else 190)
+
+Names = Annotated[str, typer.Option(help=f"of {', '.join(variant.name for variant in VARIANTS)}; all when left out")]
+Lengths = Annotated[str, typer.Option("--lengths", "-n", help="numbers of keys; each variant's own when left out")]
+Dtypes = Annotated[str, typer.Option(help=f"of {', '.join(DTYPES)}; both when left out")]
+
+
+def bench(
+    device: Annotated[str, typer.Option(help="where to measure; cpu is the only one so far")] = "cpu",
+    only: Names = "",
+    lengths: Lengths = "",
+    dtypes: Dtypes = "",
+    cost: Annotated[bool, typer.Option("--cost", help="measure the rewriting instead")] = False,
+    inductor_layers: Annotated[int, typer.Option(help="the deepest Llama that --cost has Inductor compile")] = 32,
+    quick: Annotated[bool, typer.Option("--quick", help="tiny and rough: a smoke test")] = False,
+    check: Annotated[bool, typer.Option("--check", help="exit with 1 when a target is missed")] = False,
+    json: Annotated[Path | None, typer.Option(help="write every figure to this file too")] = None,
+) -> None:
+    if device != "cpu":
+        raise typer.BadParameter(f"{device!r} cannot be measured; cpu is the only one so far", param_hint="--device")
+    if cost:
+        content, targets = _bench_cost(QUICK_LAYERS if quick else LAYERS, inductor_layers)
+    else:
+        sizes = tuple(map(_length, _words(lengths))) or ((QUICK_LENGTH,) if quick else ())
+        names = _known("variant", only, [variant.name for variant in VARIANTS])
+        todo = cases(names, sizes, _known("dtype", dtypes, DTYPES))
+        content, targets = _bench_rows(todo, QUICK if quick else Effort())
+    for target in targets:
+        out.print(str(target), highlight=False)
+    if json is not None:
+        json.write_text(as_json(content, targets))
+    if check and not all(target.met for target in targets):
+        raise typer.Exit(1)
+
+
+def _words(listed: str) -> tuple[str, ...]:
+    return tuple(filter(None, listed.split(",")))
+
+
+def _known(what: str, listed: str, names: Collection[str]) -> tuple[str, ...]:
+    for word in _words(listed):
+        if word not in names:
+            raise typer.BadParameter(f"no {what} is called {word!r}; there are {', '.join(names)}")
+    return _words(listed)
+
+
+def _length(word: str) -> int:
+    if not word.isdigit() or int(word) == 0:
+        raise typer.BadParameter(f"{word!r} is no length")
+    return int(word)
+
+
+def _bench_rows(todo: Sequence[Case], effort: Effort) -> tuple[dict[str, Sequence[Any]], list[Target]]:
+    rows = [_in_fresh_process(measure, case, effort) for case in track(todo, "measuring", console=err)]
+    out.print(as_table(rows))
+    for row in rows:
+        for peer, reason in row.absent.items():
+            err.print(f"{row.case}: no figure for {peer}: {reason}", highlight=False)
+    return {"rows": rows}, [*speed(rows), *growth(rows)]
+
+
+def _bench_cost(layers: Sequence[int], inductor_layers: int) -> tuple[dict[str, Sequence[Any]], list[Target]]:
+    todo = track(layers, "rewriting", console=err)
+    costs = [_in_fresh_process(rewriting.measure_cost, depth, with_inductor=depth <= inductor_layers) for depth in todo]
+    out.print(rewriting.as_table(costs))
+    return {"costs": costs}, rewriting.targets(costs)
+
+
+def _in_fresh_process(call: Callable[..., T], *args: object, **options: object) -> T:
+    """What ran before would still be in its caches, its memory and its compiler's counters."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(call, *args, **options).result()
+
+
+# the module's own words are the command's help
+bench.__doc__ = __doc__
+
+if __name__ == "__main__":
+    typer.run(bench)

@@ -1,0 +1,111 @@
+"""The same variants written by somebody who knows the fast operations: SDPA and flex_attention.
+
+Each entry prepares what a person would build once (masks, compiled kernels) and returns the function of
+query, key and value that is timed. A variant that an operation cannot express has no entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmark.programs import CAP
+
+__all__ = ["FLEX", "SDPA", "Attention", "Tensors"]
+
+Tensors = dict[str, Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _sdpa(**options: Any) -> Attention:
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(query, key, value, enable_gqa=grouped, **options)
+
+    return run
+
+
+def _sdpa_alibi(given: Tensors) -> Attention:
+    length = given["key"].shape[2]
+    slopes = given["slopes"]
+    positions = torch.arange(length)
+    table = slopes[:, None, None] * (positions[None, :] - positions[:, None])
+    table = table.masked_fill(~_lower(length), float("-inf"))
+    return _sdpa(attn_mask=table[None])
+
+
+def _sdpa_window(given: Tensors) -> Attention:
+    length = given["key"].shape[2]
+    return _sdpa(attn_mask=_lower(length) & ~_lower(length).tril(-(length // 4)))
+
+
+def _lower(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+SDPA: dict[str, Callable[[Tensors], Attention]] = {
+    "plain": lambda _: _sdpa(),
+    "llama": lambda _: _sdpa(is_causal=True),
+    "alibi": _sdpa_alibi,
+    "bias": lambda given: _sdpa(attn_mask=given["table"][None]),
+    "window": _sdpa_window,
+    "decode": lambda _: _sdpa(),
+}
+
+Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _flex(given: Tensors, score: Score | None = None, mask: Mask | None = None) -> Attention:
+    rows, keys = given["query"].shape[2], given["key"].shape[2]
+    blocks = (
+        None if mask is None else create_block_mask(mask, None, None, rows, keys, device=given["query"].device.type)
+    )
+    kernel = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        out = kernel(query, key, value, score_mod=score, block_mask=blocks, enable_gqa=grouped)
+        assert isinstance(out, Tensor)  # a pair only when the LSE is asked for
+        return out
+
+    return run
+
+
+def _causal(_b: Tensor, _h: Tensor, m: Tensor, n: Tensor) -> Tensor:
+    return n <= m
+
+
+def _capped(score: Tensor, _b: Tensor, _h: Tensor, _m: Tensor, _n: Tensor) -> Tensor:
+    return CAP * torch.tanh(score / CAP)
+
+
+def _flex_alibi(given: Tensors) -> Attention:
+    slopes = given["slopes"]
+    return _flex(given, lambda score, _b, h, m, n: score + slopes[h] * (n - m), _causal)
+
+
+def _flex_bias(given: Tensors) -> Attention:
+    table = given["table"]
+    return _flex(given, lambda score, _b, h, m, n: score + table[h, m, n])
+
+
+def _flex_window(given: Tensors) -> Attention:
+    reach = given["key"].shape[2] // 4
+    return _flex(given, None, lambda _b, _h, m, n: (n <= m) & (n > m - reach))
+
+
+FLEX: dict[str, Callable[[Tensors], Attention]] = {
+    "plain": _flex,
+    "llama": lambda given: _flex(given, None, _causal),
+    "softcap": lambda given: _flex(given, _capped, _causal),
+    "alibi": _flex_alibi,
+    "bias": _flex_bias,
+    "window": _flex_window,
+    "decode": _flex,
+}

@@ -1,0 +1,1 @@
+"""Tests of attnfuse; the folders mirror the two trees."""

@@ -1,0 +1,43 @@
+"""Seeds, threads, hypothesis profiles and golden files, for every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tests.support.golden import Golden
+
+# Timings vary with the machine, so no deadline; drawing a spec and a spelling is slow by hypothesis's standards.
+_COMMON = settings(
+    deadline=None,
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
+)
+settings.register_profile("ci", _COMMON, derandomize=True, max_examples=40)
+settings.register_profile("night", _COMMON, max_examples=2000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden files from what is computed now")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # two cores are shared by xdist workers, and a fixed thread count fixes the order of summation
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random stream, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """``golden(text, name)``: text must equal ``tests/golden/<name>.txt``; ``--update-golden`` writes it there."""
+    return Golden(update=request.config.getoption("--update-golden"))

@@ -1,0 +1,70 @@
+"""``torch.compile(model, backend="attnfuse")`` for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models.doors import CASES, Spy, compiled
+from tests.models.float64 import InFloat64, exact_copy, widened
+from tests.models.zoo import MODELS, Model, Padding
+from tests.support.compare import assert_as_good
+
+
+@pytest.mark.parametrize(("model", "dtype", "paddings"), CASES)
+def test_every_site_is_fused_and_as_good(
+    model: Model,
+    dtype: torch.dtype,
+    paddings: tuple[Padding, ...],
+    model_of: Callable[..., nn.Module],
+    judged: Callable[..., tuple[Tensor, Tensor]],
+    spy: Spy,
+) -> None:
+    run = compiled(model_of(model.name, dtype))
+    for padding in paddings:
+        with torch.no_grad():
+            fused = run(**model.feed(padding, dtype)).last_hidden_state
+        assert_as_good(fused, *judged(model.name, dtype, padding))
+    spy.assert_one_graph_all_fused(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "t5"])
+def test_a_new_length_needs_no_new_graph(name: str, model_of: Callable[..., nn.Module], spy: Spy) -> None:
+    model, source = MODELS[name], model_of(name, torch.float32)
+    run = compiled(source, dynamic=True)
+    for length in (13, 11, 15):
+        inputs = model.feed("left", length=length)
+        with torch.no_grad():
+            fused, eager = run(**inputs).last_hidden_state, source(**inputs).last_hidden_state
+            with InFloat64():
+                exact = exact_copy(source)(**widened(inputs)).last_hidden_state
+        assert_as_good(fused, eager, exact)
+    spy.assert_one_graph_all_fused(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_autocast(
+    name: str, model_of: Callable[..., nn.Module], judged: Callable[..., tuple[Tensor, Tensor]], spy: Spy
+) -> None:
+    model, source = MODELS[name], model_of(name, torch.float32)
+    run, inputs = compiled(source), model.feed("right")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        fused, eager = run(**inputs).last_hidden_state, source(**inputs).last_hidden_state
+    _, exact = judged(name, torch.float32, "right")
+    assert_as_good(fused, eager, exact)
+    spy.assert_one_graph_all_fused(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_inductor_around_the_fused_nodes(
+    name: str, model_of: Callable[..., nn.Module], judged: Callable[..., tuple[Tensor, Tensor]], spy: Spy
+) -> None:
+    model = MODELS[name]
+    with torch.no_grad():
+        fused = compiled(model_of(name, torch.float32), inner="inductor")(**model.feed("left")).last_hidden_state
+    assert_as_good(fused, *judged(name, torch.float32, "left"))
+    spy.assert_one_graph_all_fused(model)

@@ -1,0 +1,154 @@
+"""Random recipes, random spellings of them, and a sweep that uses each word of the vocabulary once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from hypothesis import strategies as st
+
+from tests.property import recipe as parts
+from tests.property.menu import AXES, Spelling, options, plainest, term_options
+from tests.property.recipe import Part, Recipe, Sizes
+
+__all__ = ["recipes", "sizes", "spellings", "sweep"]
+
+_BIASES = (
+    parts.bias("b", "h", "m", "n"),
+    parts.bias("h", "m", "n"),
+    parts.bias("m", "n"),
+    parts.bias("b", "n"),
+    parts.alibi_keys(),
+    parts.alibi_distance(),
+)
+_CAPTURED_MASKS = (
+    parts.padding(),
+    parts.padding("int64"),
+    parts.allowed("m", "n"),
+    parts.allowed("b", "m", "n"),
+    parts.allowed("b", "h", "m", "n"),
+    parts.document(),
+)
+_FILLS = (float("-inf"), torch.finfo(torch.float32).min, -1e9, -1e4)
+
+#: Sizes that no two axes share, so that a mixed-up axis is seen.
+DISTINCT = Sizes(batch=(2,), heads=4, kv_heads=4, rows=5, keys=7, depth=8, value_depth=6)
+
+
+def _one_batch(part: Part) -> bool:
+    """Whether a part can be spelled with two batch dimensions."""
+    return part.word.endswith(("mn", "keys", "distance", "causal", "window", "padding_bool"))
+
+
+@st.composite
+def sizes(draw: st.DrawFn, zero: bool = False) -> Sizes:
+    """Ones, primes, rows unlike keys, grouped heads; with ``zero``, sometimes an empty dimension."""
+    length = st.sampled_from([0, 1, 2, 3, 7, 11, 16, 17]) if zero else st.sampled_from([1, 2, 3, 7, 11, 16, 17])
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    return Sizes(
+        batch=draw(st.sampled_from([(1,), (2,), (3,), (2, 3)])),
+        heads=kv_heads * draw(st.sampled_from([1, 1, 2, 3])),
+        kv_heads=kv_heads,
+        rows=draw(length),
+        keys=draw(length),
+        depth=draw(st.sampled_from([1, 5, 8, 16])),
+        value_depth=draw(st.sampled_from([1, 6, 8, 16])),
+    )
+
+
+@st.composite
+def recipes(draw: st.DrawFn, shapes: st.SearchStrategy[Sizes] | None = None) -> Recipe:
+    """A random attention; without ``shapes`` one whose every axis has its own size."""
+    shape = _distinct(draw) if shapes is None else draw(shapes)
+    one_batch = len(shape.batch) == 1
+    biases = [part for part in _BIASES if one_batch or _one_batch(part)]
+    masks = [part for part in _CAPTURED_MASKS if one_batch or _one_batch(part)]
+    offsets = st.sampled_from([0, 1, -1, 3, shape.keys - shape.rows])
+    chosen = (
+        draw(st.booleans()) and parts.causal(draw(offsets)),
+        draw(st.booleans()) and parts.window(draw(offsets) - draw(st.integers(1, 4))),
+        draw(st.booleans()) and draw(st.sampled_from(masks)),
+    )
+    fill = draw(st.sampled_from(_FILLS))
+    return Recipe(
+        sizes=shape,
+        scale=draw(st.sampled_from([None, 0.125, 0.3, 2.0, -0.5, "temperature"])),
+        softcap=draw(st.sampled_from([None, None, 30.0, 2.5])),
+        biases=tuple(draw(st.lists(st.sampled_from(biases), max_size=1))),
+        masks=tuple(part for part in chosen if part),
+        fill=fill,
+        added=fill != float("-inf") and draw(st.booleans()),
+        sink=draw(st.sampled_from([False, False, True])),
+    )
+
+
+def _distinct(draw: st.DrawFn) -> Sizes:
+    grouped = draw(st.booleans())
+    batch = draw(st.sampled_from([(2,), (2,), (3, 2)]))
+    return replace(DISTINCT, batch=batch, kv_heads=2 if grouped else 4)
+
+
+@st.composite
+def spellings(draw: st.DrawFn, recipe: Recipe) -> Spelling:
+    """A random spelling that fits ``recipe``."""
+    chosen = Spelling()
+    for axis in AXES:
+        chosen = replace(chosen, **{axis: draw(st.sampled_from(options(recipe, chosen, axis)))})
+    return replace(chosen, terms=tuple(draw(st.sampled_from(term_options(recipe, chosen, part))) for part in recipe))
+
+
+def sweep() -> Iterator[tuple[str, Recipe, Spelling]]:
+    """Every word of the vocabulary in an otherwise plain spelling, with a name for the test's id."""
+    seen: set[str] = set()
+    for recipe in _SAMPLES:
+        for name, spelling in _one_step_from(recipe, plainest(recipe)):
+            if name not in seen:
+                seen.add(name)
+                yield name, recipe, spelling
+
+
+def _one_step_from(recipe: Recipe, plain: Spelling) -> Iterator[tuple[str, Spelling]]:
+    """``plain`` with one word replaced, then later words as plain as they still can be; two steps for products."""
+    yield from _other_terms(recipe, plain)
+    for at, axis in enumerate(AXES):
+        for word in options(recipe, plain, axis):
+            changed = plainest(recipe, replace(plain, **{axis: word}), at + 1)
+            yield f"{axis}: {word}", changed
+            if axis in ("arrive", "heads", "product"):
+                yield from _one_step_from_layout(recipe, changed, at + 1)
+
+
+def _one_step_from_layout(recipe: Recipe, plain: Spelling, start: int) -> Iterator[tuple[str, Spelling]]:
+    for at, axis in enumerate(AXES[start:], start):
+        if axis in ("product", "weighted", "softmax"):
+            for word in options(recipe, plain, axis):
+                changed = plainest(recipe, replace(plain, **{axis: word}), at + 1)
+                yield f"{axis}: {word} ({plain.arrive}, {plain.heads}, {changed.layout})", changed
+
+
+def _other_terms(recipe: Recipe, plain: Spelling) -> Iterator[tuple[str, Spelling]]:
+    for index, part in enumerate(recipe):
+        for word in term_options(recipe, plain, part):
+            terms = (*plain.terms[:index], word, *plain.terms[index + 1 :])
+            yield f"{part.word}: {word}", replace(plain, terms=terms)
+
+
+_GROUPED = replace(DISTINCT, kv_heads=2)
+_SAMPLES = (
+    Recipe(DISTINCT),
+    Recipe(_GROUPED),
+    Recipe(replace(DISTINCT, batch=(3, 2))),
+    Recipe(DISTINCT, scale=0.3),
+    Recipe(DISTINCT, scale="temperature"),
+    Recipe(DISTINCT, softcap=2.5),
+    *(Recipe(DISTINCT, scale=0.3, biases=(part,)) for part in _BIASES),
+    *(Recipe(DISTINCT, scale=0.3, masks=(part,)) for part in _CAPTURED_MASKS),
+    *(Recipe(DISTINCT, scale=0.3, masks=(parts.causal(offset),)) for offset in (0, 2, -1)),
+    Recipe(DISTINCT, masks=(parts.window(-2),)),
+    Recipe(DISTINCT, scale=0.3, masks=(parts.causal(2), parts.window(-1), parts.padding())),
+    *(Recipe(DISTINCT, masks=(parts.causal(2),), fill=fill) for fill in _FILLS),
+    *(Recipe(DISTINCT, masks=(parts.causal(2),), fill=fill, added=True) for fill in _FILLS[1:]),
+    Recipe(DISTINCT, scale=0.3, masks=(parts.causal(2),), sink=True),
+    Recipe(_GROUPED, scale=0.3, masks=(parts.causal(2), parts.padding()), sink=True),
+)

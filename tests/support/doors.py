@@ -1,0 +1,63 @@
+"""The three kinds of graph that attnfuse is given, each rewritten and ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from attnfuse.fuse import fuse_graph
+from attnfuse.pt2 import rewrite
+from attnfuse.report import Report
+
+__all__ = ["DOORS", "Rewritten", "rewritten"]
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten program and what was done to it."""
+
+    run: Callable[..., Tensor]
+    report: Report
+
+
+def _dynamo(module: nn.Module, args: tuple[Tensor, ...], **options: Any) -> Rewritten:
+    found: list[Report] = []
+
+    def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        fused = fuse_graph(graph, inputs, **options)
+        found.append(fused.meta["attnfuse_report"])
+        return fused.forward
+
+    torch.compiler.reset()
+    run = torch.compile(module, backend=backend, fullgraph=True)
+    run(*args)
+    return Rewritten(run, sum(found[1:], found[0]) if found else Report())
+
+
+def _training_ir(module: nn.Module, args: tuple[Tensor, ...], **options: Any) -> Rewritten:
+    program, report = rewrite(torch.export.export(module, args), custom_op=True, **options)
+    return Rewritten(program.module(), report)
+
+
+def _core_aten(module: nn.Module, args: tuple[Tensor, ...], **options: Any) -> Rewritten:
+    exported = torch.export.export(module, args).run_decompositions()
+    program, report = rewrite(exported, custom_op=True, **options)
+    return Rewritten(program.module(), report)
+
+
+#: ``torch.compile``'s graph, an exported program, and one that is decomposed to core ATen.
+DOORS: dict[str, Callable[..., Rewritten]] = {
+    "dynamo": _dynamo,
+    "training IR": _training_ir,
+    "core ATen": _core_aten,
+}
+
+
+def rewritten(door: str, module: nn.Module, args: tuple[Tensor, ...], **options: Any) -> Rewritten:
+    """``module`` rewritten through one of :data:`DOORS`, fusing even where it does not pay."""
+    return DOORS[door](module, args, profit=False, **options)
