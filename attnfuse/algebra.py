@@ -14,7 +14,7 @@ from attnfuse.arithmetic import compute, rounded
 from attnfuse.integers import compared
 from attnfuse.score import Apply, Capture, Const, Expr, Index, Score, Symbol, apply, rewrite, walk
 
-__all__ = ["ABSORBING", "Kind", "Kinds", "kind", "normalise"]
+__all__ = ["Kind", "Kinds", "kind", "normalise"]
 
 #: "bool", "int" or "float".
 Kind = str
@@ -22,11 +22,7 @@ Kind = str
 #: The kind of the tensor in each capture slot.
 Kinds = Callable[[int], Kind]
 
-#: A finite fill at or below this swallows any score it is added to: float32 has 24 bits, so every
-#: score smaller than 5e22 in magnitude disappears in the sum. ``-1e9`` and ``-1e4`` do not.
-ABSORBING = -1e30
-
-_FLOAT32_MAX = 3.4028234663852886e38
+_MASKED = Const(float("-inf"))
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _OPPOSITE = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
 _LOGIC = ("and", "or", "xor", "not", "bool", "isnan", "isinf", *_COMPARISONS)
@@ -212,6 +208,16 @@ def _logic(expr: Expr, kinds: Kinds) -> Expr | None:
     return None
 
 
+def _asked_bool(expr: Expr, kinds: Kinds) -> Expr | None:
+    """``mask != 0 -> mask`` and ``mask == 0 -> ~mask``, for a mask that is a bool."""
+    match expr:
+        case Apply("ne" | "gt", (x, Const(0))) | Apply("eq" | "ge", (x, Const(1))) if kind(x, kinds) == "bool":
+            return x
+        case Apply("eq" | "le", (x, Const(0))) | Apply("ne" | "lt", (x, Const(1))) if kind(x, kinds) == "bool":
+            return apply("not", x)
+    return None
+
+
 def _numbers_from_bools(expr: Expr, kinds: Kinds) -> Expr | None:
     """``float(mask) -> where(mask, 1.0, 0.0)``, so that ``(1 - mask) * fill`` becomes a choice."""
     match expr:
@@ -256,39 +262,22 @@ def _choose_by_keep(expr: Expr, kinds: Kinds) -> Expr | None:
 
 
 def _added_mask(expr: Expr, _: Kinds) -> Expr | None:
-    """``x + where(keep, y, fill) -> where(keep, x + y, fill)`` for a fill that absorbs ``x``."""
+    """``x + where(keep, y, -inf) -> where(keep, x + y, -inf)``.
+
+    A finite fill stays a summand: in a row that keeps nothing the scores still receive a gradient through it.
+    """
     match expr:
-        case Apply("add", (x, Apply("where", (keep, y, Const(fill))))) if _absorbs(fill) and _reads_score(x):
-            return _masked_sum(x, keep, y, float(fill))
-        case Apply("add", (x, Apply("where", (keep, Const(fill), y)))) if _absorbs(fill) and _reads_score(x):
-            return apply("add", x, apply("where", apply("not", keep), y, Const(fill)))
-        case Apply("add", (Apply("where", (keep, x, Const(fill))), y)) if _absorbs(fill) and not _may_be_huge(y):
-            return apply("where", keep, apply("add", x, y), Const(fill))
+        case Apply("add", (Apply("where", (before, x, a)), Apply("where", (keep, y, b)))) if a == b == _MASKED:
+            return apply("where", apply("and", before, keep), apply("add", x, y), _MASKED)
+        case Apply("add", (x, Apply("where", (keep, y, fill)))) if fill == _MASKED and _reads_score(x):
+            return apply("where", keep, apply("add", x, y), _MASKED)
+        case Apply("add", (x, Apply("where", (keep, fill, y)))) if fill == _MASKED and _reads_score(x):
+            return apply("add", x, apply("where", apply("not", keep), y, _MASKED))
+        case Apply("add", (Apply("where", (keep, x, fill)), y)) if fill == _MASKED:
+            return apply("where", keep, apply("add", x, y), _MASKED)
+        case Apply("add", (x, Apply("where", (keep, Const(fill), Const(0.0))))) if fill:
+            return apply("add", x, apply("where", apply("not", keep), Const(0.0), Const(fill)))
     return None
-
-
-def _masked_sum(x: Expr, keep: Expr, y: Expr, fill: float) -> Expr | None:
-    match x:
-        case Apply("where", (before, inner, Const(first))) if _absorbs(first):
-            both = apply("where", apply("and", before, keep), apply("add", inner, y), Const(first))
-            if fill == first == float("-inf"):
-                return both
-            # two finite fills on one key overflow to -inf, and a row may consist of such keys
-            twice = max(first + fill, float("-inf")) if first + fill >= -_FLOAT32_MAX else float("-inf")
-            one = apply("where", before, Const(fill), apply("where", keep, Const(first), Const(twice)))
-            return apply("where", apply("and", before, keep), apply("add", inner, y), one)
-    if _may_be_huge(x):
-        return None
-    return apply("where", keep, apply("add", x, y), Const(fill))
-
-
-def _absorbs(fill: float) -> bool:
-    return fill <= ABSORBING
-
-
-def _may_be_huge(expr: Expr) -> bool:
-    """Whether adding ``expr`` to a finite fill could overflow: it holds another such fill."""
-    return any(isinstance(part, Const) and abs(part.value) >= -ABSORBING for part in walk(expr))
 
 
 def _distance(expr: Expr, kinds: Kinds) -> Expr | None:
@@ -314,6 +303,7 @@ RULES: tuple[Rule, ...] = (
     _constants,
     _neutral,
     _float_literals,
+    _asked_bool,
     _numbers_from_bools,
     _into_choice,
     _logic,

@@ -33,6 +33,8 @@ def compute(op: str, args: tuple[bool | int | float, ...]) -> Const | None:
         value = _FUNCTIONS[op](*args)
     except (ArithmeticError, ValueError, TypeError):
         return None
+    if isinstance(value, float):
+        value += 0.0  # a negative zero is not worth a spelling of its own
     return Const(value) if isinstance(value, (bool, int, float)) else None
 
 

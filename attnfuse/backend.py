@@ -1,8 +1,9 @@
-"""``torch.compile(model, backend="attnfuse")``: fuses attention in Dynamo's graph, then lets another backend compile."""
+"""``torch.compile(model, backend="attnfuse")``: fuses attention in Dynamo's graph; another backend compiles it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -36,7 +37,13 @@ def attnfuse(
         return lookup_backend(inner)(fused, list(example_inputs), **rest)
 
 
-def _cache_key() -> Any:
+@contextmanager
+def _cache_key() -> Iterator[None]:
     """Compiled code is cached on disk by its graph; our version and kernels must be part of the key."""
-    before = torch.compiler.config.cache_key_tag
-    return torch.compiler.config.patch(cache_key_tag=f"{before}attnfuse-{digest()}")
+    config = torch.compiler.config
+    before = config.cache_key_tag
+    config.cache_key_tag = f"{before}attnfuse-{digest()}"
+    try:
+        yield
+    finally:
+        config.cache_key_tag = before

@@ -10,18 +10,20 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import click
 import torch
+import typer
 
 from attnfuse import demo as demonstration
 from attnfuse import pt2
 from attnfuse.atomic import replacing
 from attnfuse.candidates import Sizes, problem_of, problems_in
-from attnfuse.errors import AttnfuseError, BadInput, BadProgram, NoKernel, NotEquivalent, Refused
+from attnfuse.errors import BadInput
+from attnfuse.exits import BUG, exit_of, table
 from attnfuse.form import describe
 from attnfuse.kernels import Candidate, Numerics, choose, kernels, lookup
+from attnfuse.passes.certify import Effort
 from attnfuse.report import Certificate, Report
 from attnfuse.screen import show_certificate, show_report, show_rows, stage
 from attnfuse.target import Target
@@ -29,30 +31,23 @@ from attnfuse.version import __version__
 
 __all__ = ["main", "run"]
 
-#: Exit codes of errors raised on purpose; the first class that fits decides.
-_EXITS: tuple[tuple[type[AttnfuseError], int], ...] = (
-    (BadInput, 3),
-    (BadProgram, 3),
-    (NoKernel, 4),
-    (Refused, 4),
-    (NotEquivalent, 5),
-)
-_HELP = """Finds hand-written attention in exported PyTorch programs, proves it, and fuses it.
+Dtype = Literal["float32", "float16", "bfloat16"]
+DEFAULT_SIZES = "1,16,16,2048,2048,64"
+
+_HELP = f"""Finds hand-written attention in exported PyTorch programs, proves it, and fuses it.
 
 \b
 Exit codes:
-    0  done
-    1  a bug in attnfuse; ATTNFUSE_TRACEBACK=1 shows where
-    2  a command or option that does not exist, or is used wrongly
-    3  a file or value that cannot be used; nothing was written
-    4  no kernel can compute what was asked for; nothing was written
-    5  the rewritten program did not verify; nothing was written
-  130  interrupted; nothing was written
+{table()}
 """
 
-_source = click.argument("source", metavar="IN", type=click.Path(path_type=Path))
-_trust = click.option("--trust-input", is_flag=True, help="Load IN even if that runs code which it brings along.")
-_target = click.option("--target", metavar="T", help="cpu, cuda:sm90, rocm:gfx942, xpu:pvc... [default: this machine]")
+app = typer.Typer(help=_HELP, rich_markup_mode=None, add_completion=False, no_args_is_help=True,
+                  context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})  # fmt: skip
+
+Source = Annotated[Path, typer.Argument(metavar="IN", show_default=False)]
+Trust = Annotated[bool, typer.Option("--trust-input", help="Load IN even if that runs code which it brings along.")]
+Aim = Annotated[str | None, typer.Option("--target", metavar="T", show_default="this machine",
+                                         help="cpu, cuda:sm90, rocm:gfx942, xpu:pvc...")]  # fmt: skip
 
 
 def main() -> None:
@@ -65,59 +60,66 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """The exit code of ``attnfuse`` with ``arguments``; an error is one line on the standard error."""
     try:
-        return int(attnfuse.main(list(arguments), prog_name="attnfuse", standalone_mode=False) or 0)
-    except click.ClickException as error:
-        return _failed(error.format_message(), 2)
-    except (click.Abort, KeyboardInterrupt):
-        return _failed("interrupted; nothing was written", 130)
-    except BrokenPipeError:
-        # the reader has gone; so that Python does not complain of it at exit, nothing more is written there
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = int(app(list(arguments), prog_name="attnfuse", standalone_mode=False) or 0)
+        # typer turns Ctrl-C into its exit code, without a word
+        return _failed(KeyboardInterrupt()) if code == exit_of(KeyboardInterrupt()).code else code
+    except SystemExit:
+        # how typer answers a reader that has gone
         return 0
-    except AttnfuseError as error:
-        return _failed(str(error), next(code for kind, code in _EXITS if isinstance(error, kind)))
-    except Exception as error:  # noqa: BLE001  # the last door: a bug is one line too, and says how to see more
-        if os.environ.get("ATTNFUSE_TRACEBACK"):
-            traceback.print_exc()
-        return _failed(f"internal error, please report it: {type(error).__name__}: {error}", 1)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the last door: every error is one line
+        return _failed(error)
 
 
-def _failed(message: str, code: int) -> int:
-    click.echo(f"attnfuse: {' '.join(message.split())}", err=True)
-    return code
+def _failed(error: BaseException) -> int:
+    """Says what went wrong in one line, and returns the exit code."""
+    end = exit_of(error)
+    if end is BUG and os.environ.get("ATTNFUSE_TRACEBACK"):
+        traceback.print_exception(error)
+    match error:
+        case typer.TyperException():
+            message = error.format_message()
+        case typer.Abort() | KeyboardInterrupt():
+            message = end.meaning
+        case _ if end is BUG:
+            message = f"internal error, please report it: {type(error).__name__}: {error}"
+        case _:
+            message = str(error)
+    typer.echo(f"attnfuse: {' '.join(message.split())}", err=True)
+    return end.code
 
 
-@click.group(help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(__version__, prog_name="attnfuse")
-def attnfuse() -> None:
-    """The group of all commands."""
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"attnfuse {__version__}")
+        raise typer.Exit
 
 
-@attnfuse.command()
-@_source
-@click.option("-o", "--output", metavar="OUT", type=click.Path(path_type=Path), required=True, help="Where to write.")
-@_target
-@click.option("--kernel", metavar="K", help="Use this kernel or none; `attnfuse kernels` lists them.")
-@click.option("--numerics", type=click.Choice(["faithful", "fast"]), default="faithful", show_default=True)
-@click.option("--certify", type=click.Choice(["full", "quick", "off"]), default="quick", show_default=True,
-              help="How hard each fusion is tested before it is kept.")  # fmt: skip
-@click.option("--custom-op", is_flag=True, help="Keep attnfuse::attention in OUT, which then needs attnfuse to load.")
-@click.option("--no-verify", is_flag=True, help="Do not run IN and OUT against each other before writing.")
-@click.option("--report", "report_path", metavar="F", type=click.Path(path_type=Path), help="Also write a JSON report.")
-@click.option("--print-after", metavar="STAGE", help="Print the graph after this stage, on the standard error.")
-@_trust
+@app.callback()
+def attnfuse(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """What all commands share."""
+
+
+@app.command(short_help="Fuse the attention in a .pt2.")
 def rewrite(
-    source: Path,
-    output: Path,
-    target: str | None,
-    kernel: str | None,
-    numerics: Numerics,
-    certify: Literal["full", "quick", "off"],
-    custom_op: bool,
-    no_verify: bool,
-    report_path: Path | None,
-    print_after: str | None,
-    trust_input: bool,
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write.", show_default=False)],
+    target: Aim = None,
+    kernel: Annotated[
+        str | None, typer.Option(metavar="K", help="This kernel or none; see `attnfuse kernels`.")
+    ] = None,
+    numerics: Annotated[Numerics, typer.Option(help="What fully masked rows may become.")] = "faithful",
+    certify: Annotated[Effort, typer.Option(help="How hard each fusion is tested before it is kept.")] = "quick",
+    custom_op: Annotated[
+        bool, typer.Option("--custom-op", help="Keep attnfuse::attention, which needs attnfuse.")
+    ] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not run IN and OUT against each other.")] = False,
+    report_path: Annotated[Path | None, typer.Option("--report", metavar="F", help="Also write a JSON report.")] = None,
+    print_after: Annotated[str | None, typer.Option(metavar="STAGE", help="Print the graph after this stage.")] = None,
+    trust_input: Trust = False,
 ) -> None:
     """Fuse the attention in IN, a .pt2, and write the result to OUT.
 
@@ -132,7 +134,13 @@ def rewrite(
         program = pt2.load(source, trust_input=trust_input)
     with stage("fusing"):
         result, report = pt2.rewrite(
-            program, target=aim, custom_op=custom_op, kernel=kernel, numerics=numerics, certify=certify
+            program,
+            target=aim,
+            custom_op=custom_op,
+            kernel=kernel,
+            numerics=numerics,
+            certify=certify,
+            print_after=print_after,
         )
     with stage("verifying"):
         reason = _why_unverified(aim, custom_op=custom_op, no_verify=no_verify)
@@ -148,12 +156,13 @@ def rewrite(
     show_certificate(certificate)
 
 
-@attnfuse.command()
-@_source
-@_target
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@_trust
-def explain(source: Path, target: str | None, as_json: bool, trust_input: bool) -> None:
+@app.command(short_help="Say what would be fused in a .pt2, and why the rest would not.")
+def explain(
+    source: Source,
+    target: Aim = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    trust_input: Trust = False,
+) -> None:
     """Say of each attention in IN, a .pt2, whether it would be fused, and if not, why and where."""
     aim = _target_of(target)
     with stage(f"reading {source}"):
@@ -161,22 +170,25 @@ def explain(source: Path, target: str | None, as_json: bool, trust_input: bool) 
     with stage("looking for attention"):
         _, report = pt2.rewrite(program, target=aim)
     if as_json:
-        click.echo(report.to_json())
+        typer.echo(report.to_json())
     else:
         show_report(report)
 
 
-@attnfuse.command("kernels")
-@click.option(
-    "--for", "what", metavar="SPEC", help="A .pt2, a spec's text, or a score such as 'where(n <= m, s, -inf)'."
-)
-@click.option("--sizes", metavar="B,H,Hkv,M,N,D", default="1,16,16,2048,2048,64", show_default=True,
-              help="Sizes to judge a SPEC at that is no .pt2.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
-@_target
-@_trust
-def list_kernels(what: str | None, sizes: str, dtype: str, target: str | None, trust_input: bool) -> None:
-    """List the kernels; with --for, each one's estimated time for SPEC, or why it cannot compute it."""
+@app.command("kernels", short_help="List the kernels, or judge them for one attention.")
+def list_kernels(
+    what: Annotated[
+        str | None, typer.Option("--for", metavar="SPEC", help="A .pt2, a spec, or a score in s, m, n.")
+    ] = None,
+    sizes: Annotated[str, typer.Option(metavar="B,H,Hkv,M,N,D", help="For a SPEC that is no .pt2.")] = DEFAULT_SIZES,
+    dtype: Annotated[Dtype, typer.Option(help="For a SPEC that is no .pt2.")] = "float32",
+    target: Aim = None,
+    trust_input: Trust = False,
+) -> None:
+    """List the kernels; with --for, each one's estimated time for SPEC, or why it cannot compute it.
+
+    SPEC is for example 'where(n <= m, 0.125 * s, -inf)': causal attention with a scale.
+    """
     aim = _target_of(target)
     if what is None:
         doc = {name: (type(each).__doc__ or "").strip().partition("\n")[0] for name, each in kernels().items()}
@@ -187,11 +199,11 @@ def list_kernels(what: str | None, sizes: str, dtype: str, target: str | None, t
     else:
         problems = iter([("", problem_of(what, Sizes.parse(sizes), getattr(torch, dtype)))])
     for site, problem in problems:
-        click.echo(f"{site or 'attention'}: {describe(problem.spec)} on {aim}")
+        typer.echo(f"{site or 'attention'}: {describe(problem.spec)} on {aim}")
         show_rows(("kernel", "estimate", "because"), map(_candidate_row, choose(problem, aim).candidates))
 
 
-@attnfuse.command()
+@app.command(short_help="See it work on a small decoder, here and now.")
 def demo() -> None:
     """Export a small decoder, fuse its attention, verify it and time both, here and now."""
     demonstration.run()

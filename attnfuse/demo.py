@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 import torch
+import typer
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -98,7 +98,7 @@ def run() -> None:
     tokens = torch.randint(0, VOCABULARY, (1, LENGTH))
     with tempfile.TemporaryDirectory(prefix="attnfuse-demo-") as folder:
         source, result = Path(folder, "decoder.pt2"), Path(folder, "fused.pt2")
-        click.echo(
+        typer.echo(
             f"a decoder of {LAYERS} layers, {HEADS} query and {KV_HEADS} key/value heads, {LENGTH} tokens, float32"
         )
         with stage("exporting"):

@@ -1,7 +1,8 @@
 """The names people give to parts of a score program: scale, softcap, bias, causal, window, padding...
 
-The canonical program is ``where(keep, softcap(scale * s) + bias, fill)``; :class:`Form` is that shape
-as data. Most attention has a form; a program without one is still attention, only unnamed.
+The canonical program is ``where(keep, softcap(scale * s) + bias, fill)``, or for a finite fill that the source
+adds, ``softcap(scale * s) + bias + where(keep, 0.0, fill)``; :class:`Form` is that shape as data. The two have the
+same value, but in a row that keeps nothing only the second has a gradient. Most attention has a form; a program without one is still attention, only unnamed.
 ``form_of(form.expr(), captures) == form`` for every form.
 """
 
@@ -14,6 +15,7 @@ from attnfuse.score import Apply, Capture, Const, Expr, Index, S, Score, apply, 
 from attnfuse.spec import AttentionSpec, Captured, axes_of
 
 __all__ = [
+    "ABSORBING",
     "Alibi",
     "Bias",
     "Causal",
@@ -31,20 +33,29 @@ __all__ = [
 ]
 
 
+ONE = Const(1.0)
+
+#: A finite fill at or below this swallows any score it is added to: float32 has 24 bits, so every
+#: score smaller than 5e22 in magnitude disappears in the sum. ``-1e9`` and ``-1e4`` do not.
+ABSORBING = -1e30
+
+
 @dataclass(frozen=True)
 class Form:
-    """``where(keep, softcap(scale * s) + bias, fill)``, each part optional.
+    """``where(keep, softcap(scale * s) + bias, fill)``, each part optional; the mask is a summand where ``added``.
 
     ``scale`` is a number or a program free of ``s`` (a captured scale); ``softcap`` is the cap ``c`` of
     ``c * tanh(x / c)``; ``bias`` are the summands added after it; ``keep`` are the conjuncts of the mask
-    (empty: every key is kept) and ``fill`` the logit of a key that is not kept.
+    (empty: every key is kept) and ``fill`` the logit of a key that is not kept. An ``added`` fill is at most
+    :data:`ABSORBING`; a higher one does not replace the score and counts as a bias.
     """
 
-    scale: Expr = Const(1.0)
+    scale: Expr = ONE
     softcap: float | None = None
     bias: tuple[Expr, ...] = ()
     keep: tuple[Expr, ...] = ()
     fill: float = float("-inf")
+    added: bool = False
 
     def expr(self) -> Expr:
         """The program, in the spelling that simplify brings every program to."""
@@ -58,17 +69,21 @@ class Form:
             mask = self.keep[0]
             for conjunct in self.keep[1:]:
                 mask = apply("and", mask, conjunct)
-            out = apply("where", mask, out, Const(self.fill))
+            if self.added:
+                return apply("add", out, apply("where", mask, Const(0.0), Const(self.fill)))
+            return apply("where", mask, out, Const(self.fill))
         return out
 
 
 def form_of(score: Expr) -> Form | None:
     """The form of a canonical score program; None when it has none."""
     keep: tuple[Expr, ...] = ()
-    fill = float("-inf")
+    fill, added = float("-inf"), False
     match score:
         case Apply("where", (mask, inner, Const(value))) if not _reads_score(mask):
             keep, fill, score = tuple(_conjuncts(mask)), float(value), inner
+        case Apply("add", (inner, Apply("where", (mask, Const(0.0), Const(value))))) if value <= ABSORBING:
+            keep, fill, score, added = tuple(_conjuncts(mask)), float(value), inner, True
     bias, score = _split_bias(score)
     softcap: float | None = None
     match score:
@@ -76,9 +91,9 @@ def form_of(score: Expr) -> Form | None:
             softcap, score = float(cap), inner
     match score:
         case Score():
-            return Form(Const(1.0), softcap, bias, keep, fill)
+            return Form(ONE, softcap, bias, keep, fill, added)
         case Apply("mul", (scale, Score())) if not _reads_score(scale):
-            return Form(scale, softcap, bias, keep, fill)
+            return Form(scale, softcap, bias, keep, fill, added)
     return None
 
 
@@ -108,16 +123,22 @@ def _split_bias(score: Expr) -> tuple[tuple[Expr, ...], Expr]:
 
 @dataclass(frozen=True)
 class Scale:
+    """A factor on the raw score: a number or a captured tensor."""
+
     value: Expr
 
 
 @dataclass(frozen=True)
 class Softcap:
+    """``cap * tanh(score / cap)``."""
+
     cap: float
 
 
 @dataclass(frozen=True)
 class Bias:
+    """A captured summand."""
+
     value: Expr
 
 
@@ -165,6 +186,8 @@ class Predicate:
 
 @dataclass(frozen=True)
 class Sink:
+    """A logit that takes weight and gives no value."""
+
     value: Expr
 
 
@@ -201,8 +224,8 @@ def _name_mask(keep: Expr, captures: tuple[Captured, ...]) -> Feature:
         case Apply("ge", (Index("n"), bound)):
             if (offset := _row_offset(bound)) is not None:
                 return Window(offset)
-        case Apply("eq", (Capture(row), Capture(key))):
-            if captures[row].axes[-1:] == ("m",) and captures[key].axes[-1:] == ("n",):
+        case Apply("eq", (Capture(left), Capture(right))):
+            if {captures[left].axes[-1:], captures[right].axes[-1:]} == {("m",), ("n",)}:
                 return Document(keep)
     return Predicate(keep) if "m" in axes_of(keep, captures) else Padding(keep)
 

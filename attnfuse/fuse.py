@@ -16,7 +16,7 @@ from attnfuse.graph.capture import Captured, capture
 from attnfuse.graph.text import render
 from attnfuse.graph.verify import verify
 from attnfuse.kernels import Numerics, lookup
-from attnfuse.passes.certify import Effort, certify
+from attnfuse.passes.certify import Effort, Replay, certify
 from attnfuse.passes.lift import lift
 from attnfuse.passes.lower import Plan, Wishes, apply, plan
 from attnfuse.passes.simplify import simplify
@@ -117,7 +117,9 @@ def _fuse_one(gm: GraphModule, options: Options) -> Report:
     target = _target(gm, options)
     try:
         captured = capture(gm)
-    except Exception as error:  # whatever the traced program raises: the graph then stays as it is, and the report says so
+    except (
+        Exception
+    ) as error:  # whatever the traced program raises: the graph then stays as it is, and the report says so
         log.debug("tracing failed", exc_info=True)
         reason = f"the graph cannot be traced: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return Report((Refused(reason),), str(target))
@@ -171,14 +173,17 @@ def _checked(item: Plan, state: State) -> Checked | Refused:
     key = f"{item.attention.spec.to_text()} {item.problem} {render(item.replacement)}"
     try:
         if key not in state.certificates:
-            scores = item.problem.heads * item.problem.rows * item.problem.keys
-            random = item.attention.spec.dropout > 0
-            effort = state.options.certify
-            state.certificates[key] = certify(site.node, item.inputs, item.replacement, scores, effort, random)
+            state.certificates[key] = certify(_replay(item), item.problem.scores, state.options.certify)
     except NotEquivalent as error:
         reason = f"the rewrite is not equivalent, which is a bug of attnfuse: {error}"
         return Refused(reason, site.softmax.name, facts.source_line(site.softmax), "please report it")
     return Checked(item, state.certificates[key])
+
+
+def _replay(item: Plan) -> Replay:
+    attention = item.attention
+    needs = tuple(facts.is_tensor(node) and facts.tensor(node).requires_grad for node in item.inputs)
+    return Replay(attention.site.node, item.inputs, needs, item.replacement, attention.spec.dropout > 0)
 
 
 def _lower(state: State) -> State:

@@ -60,7 +60,7 @@ def _attention(
     symbols: Sequence[int],
     spec: str,
     kernel: str,
-    return_lse: bool = False,  # noqa: FBT001 - the schema's order
+    return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     operands = (_spec(spec), query, key, value, captures, symbols)
     if return_lse:
@@ -77,7 +77,7 @@ def _attention_fake(
     symbols: Sequence[int],
     spec: str,
     kernel: str,
-    return_lse: bool = False,  # noqa: FBT001 - the schema's order
+    return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     out = _empty_token_major(query, (*query.shape[:-1], value.shape[-1]), value.dtype)
     return out, query.new_empty(query.shape[:-1] if return_lse else 0, dtype=torch.float32)
@@ -196,7 +196,10 @@ def _autocast(device: str) -> Any:
 
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
     _LIBRARY.impl("attention", _autocast(_device), _key)
-for _name, _real, _fake in (("attention", _attention, _attention_fake), ("attention_backward", _backward, _backward_fake)):
+for _name, _real, _fake in (
+    ("attention", _attention, _attention_fake),
+    ("attention_backward", _backward, _backward_fake),
+):
     _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnfuse::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("attnfuse::attention", _autograd, setup_context=_setup_context, lib=_LIBRARY)

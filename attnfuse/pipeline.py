@@ -51,7 +51,7 @@ def run(
         check(state, stage.name)
         log.debug("after %s (%.3f s):\n%s", stage.name, seconds[stage.name], _Lazy(show, state))
         if print_after in ("all", stage.name):
-            print(f"--- after {stage.name}\n{show(state)}", file=sys.stderr)
+            sys.stderr.write(f"--- after {stage.name}\n{show(state)}\n")
     return state, seconds
 
 

@@ -59,10 +59,12 @@ class Report:
 
     @property
     def fused(self) -> tuple[Fused, ...]:
+        """The sites that were replaced."""
         return tuple(site for site in self.sites if isinstance(site, Fused))
 
     @property
     def refused(self) -> tuple[Refused, ...]:
+        """The sites that were left as they are."""
         return tuple(site for site in self.sites if isinstance(site, Refused))
 
     def __add__(self, other: Report) -> Report:

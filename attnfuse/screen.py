@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-import click
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +29,7 @@ def stage(words: str) -> Iterator[None]:
 def show_report(report: Report) -> None:
     """Every site, equal ones on one row: a table for a person, the report's own text for a pipe."""
     if not sys.stdout.isatty():
-        click.echo(str(report))
+        typer.echo(str(report))
         return
     if report.fused:
         fused = (("sites", "fused", "shape", "kernel", "estimated gain"), map(_fused_row, report.fused))
@@ -37,15 +37,15 @@ def show_report(report: Report) -> None:
     if report.refused:
         refused = ((site.reason, site.remedy, site.source or site.node) for site in report.refused)
         show_rows(*_counted(("sites", "refused because", "remedy", "where"), refused))
-    click.echo(f"{len(report.sites)} attention sites: {len(report.fused)} fused, {len(report.refused)} refused")
+    typer.echo(f"{len(report.sites)} attention sites: {len(report.fused)} fused, {len(report.refused)} refused")
 
 
 def show_certificate(certificate: Certificate) -> None:
     """One line on how a result was verified, or why it was not."""
     if certificate.skipped:
-        click.echo(f"not verified: {certificate.skipped}")
+        typer.echo(f"not verified: {certificate.skipped}")
         return
-    click.echo(
+    typer.echo(
         f"verified on {', '.join(certificate.inputs)}: largest error against float64 "
         f"{certificate.fused_max:.2g}, the source's own {certificate.source_max:.2g}"
     )
@@ -55,7 +55,7 @@ def show_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table for a person; tab-separated lines, without the header, for a pipe."""
     if not sys.stdout.isatty():
         for row in rows:
-            click.echo("\t".join(row))
+            typer.echo("\t".join(row))
         return
     table = Table(*header)
     for row in rows:

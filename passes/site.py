@@ -38,6 +38,7 @@ class Operand:
 
     @property
     def source(self) -> Leaf:
+        """The tensor that all the views are of."""
         return self.views[-1]
 
 
@@ -72,6 +73,7 @@ class Site:
     interior: frozenset[Node] = frozenset()
 
     def programs(self) -> tuple[Expr, ...]:
+        """Score, weight and the extra logits."""
         return (self.score, self.weight, *self.extra)
 
     def read(self) -> Iterator[Leaf]:
@@ -113,4 +115,5 @@ class Attention:
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
+        """Query, key, value and the captures, in slot order."""
         return (self.query, self.key, self.value, *self.captures)

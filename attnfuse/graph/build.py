@@ -5,9 +5,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
-import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -64,8 +63,8 @@ class Builder:
                 copies[node] = self.call(node.target, *args, **kwargs)
             elif node.op == "get_attr":
                 raise AttnfuseError(f"a kernel's trace holds the constant {node.target}")
-        (result,) = module.graph.output_node().args
-        return copies[result[0] if isinstance(result, (tuple, list)) else result]
+        result: Any = module.graph.output_node().args[0]
+        return cast("Node", copies[result[0] if isinstance(result, (tuple, list)) else result])
 
     @contextmanager
     def _inserting(self) -> Iterator[None]:
@@ -85,12 +84,12 @@ class Builder:
             self._sizes[size] = self._find_size(size)
         return self._sizes[size]
 
-    def _find_size(self, size: sympy.Expr) -> Node:
+    def _find_size(self, size: Size) -> Node:
         for node in self._graph.nodes:
             if node is self._before:
                 break
             if isinstance(facts.value(node), torch.SymInt) and same_size(facts.size_of(node), size):
-                return node
+                return cast("Node", node)
             if facts.is_tensor(node):
                 for dim, found in enumerate(facts.shape(node)):
                     if found == size:

@@ -23,7 +23,7 @@ def run_in_double(graph: GraphModule, arguments: Sequence[Any]) -> Any:
     Integers and constants of the source (finfo.min of the source's dtype) stay what they are. Raises
     what an operator raises that has no float64 form.
     """
-    with torch.no_grad(), _float64_by_default():
+    with _float64_by_default():
         return _Double(graph).run(*arguments)
 
 

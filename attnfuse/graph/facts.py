@@ -48,15 +48,17 @@ def tensor(node: Node) -> torch.Tensor:
 
 
 def is_tensor(node: object) -> bool:
+    """Whether something is a node whose value is one tensor."""
     return isinstance(node, Node) and isinstance(value(node), torch.Tensor)
 
 
 def dtype(node: Node) -> torch.dtype:
+    """A tensor node's dtype."""
     return tensor(node).dtype
 
 
 def kind(node: Node) -> str:
-    """"bool", "int" or "float": what a tensor's elements are, as score programs know them."""
+    """What a tensor holds, as score programs know it: bool, int or float."""
     found = dtype(node)
     if found == torch.bool:
         return "bool"
@@ -64,6 +66,7 @@ def kind(node: Node) -> str:
 
 
 def rank(node: Node) -> int:
+    """A tensor node's number of dimensions."""
     return tensor(node).dim()
 
 

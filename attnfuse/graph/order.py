@@ -47,6 +47,7 @@ class Order:
 
     @staticmethod
     def of(graph: Graph) -> Order:
+        """The order of a graph as it stands; it knows nothing of later edits."""
         nodes = list(graph.nodes)
         writes = tuple(Write(node, target) for node in nodes for target in _targets(node))
         return Order({node: i for i, node in enumerate(nodes)}, writes, _live(nodes))
@@ -56,6 +57,7 @@ class Order:
         return node in self.live
 
     def before(self, a: Node, b: Node) -> bool:
+        """Whether ``a`` runs before ``b``."""
         return self.position[a] < self.position[b]
 
     def writes_between(self, first: Node, last: Node) -> Iterator[Write]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from attnfuse.kernels.cpu import blocked as _blocked  # noqa: F401  (registers)
+from attnfuse.kernels.cpu import sdpa as _sdpa  # noqa: F401  (registers)
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Numerics, Operand, Problem
 from attnfuse.kernels.registry import UNFUSED, Candidate, Choice, choose, digest, kernel, kernels, lookup
 from attnfuse.kernels.rows import rows_kept
-from attnfuse.kernels.cpu import blocked as _blocked  # noqa: F401  (registers)
-from attnfuse.kernels.cpu import sdpa as _sdpa  # noqa: F401  (registers)
 
 __all__ = [
     "UNFUSED",

@@ -64,6 +64,11 @@ class Problem:
         return math.prod(self.query.shape[:-2])
 
     @property
+    def scores(self) -> int:
+        """How many scores there are."""
+        return self.heads * self.rows * self.keys
+
+    @property
     def flops(self) -> int:
         """Multiply-adds of both products counted as two each, nothing skipped."""
         return 2 * self.heads * self.rows * self.keys * (self.query.shape[-1] + self.value.shape[-1])

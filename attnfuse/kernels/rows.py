@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from attnfuse.form import Causal, Feature, Window, features, form_of
+from attnfuse.form import Causal, Window, features, form_of
 from attnfuse.score import Apply, Capture, Const, Expr, Symbol, walk
 from attnfuse.spec import AttentionSpec
 

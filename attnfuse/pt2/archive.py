@@ -20,6 +20,8 @@ from attnfuse.pt2.trust import only_tensors, threat
 __all__ = ["load", "save"]
 
 _REMEDY = "; pass --trust-input if you know who made it"
+#: The loggers on the way of ``torch.export.load``; a filter acts on one logger, not on those below it.
+_TORCH_LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
 
 
 def load(path: Path, *, trust_input: bool = False) -> ExportedProgram:
@@ -34,7 +36,7 @@ def load(path: Path, *, trust_input: bool = False) -> ExportedProgram:
     with ExitStack() as stack:
         if not trust_input:
             stack.enter_context(only_tensors())
-        return _load(path, stack.enter_context(_overheard("torch.export")))
+        return _load(path, stack.enter_context(_overheard()))
 
 
 def save(program: ExportedProgram, path: Path, notes: Mapping[str, str]) -> None:
@@ -116,8 +118,8 @@ def _root(error: BaseException) -> str:
 
 
 @contextmanager
-def _overheard(name: str) -> Iterator[list[BaseException]]:
-    """The exceptions that a logger would have printed: torch logs the reason, and raises a pointer to its log."""
+def _overheard() -> Iterator[list[BaseException]]:
+    """The exceptions that torch would have logged: it logs the reason, and raises a pointer to its log."""
     heard: list[BaseException] = []
 
     def listen(record: logging.LogRecord) -> bool:
@@ -125,9 +127,11 @@ def _overheard(name: str) -> Iterator[list[BaseException]]:
             heard.append(record.exc_info[1])
         return False
 
-    logger = logging.getLogger(name)
-    logger.addFilter(listen)
+    loggers = [logging.getLogger(name) for name in _TORCH_LOGGERS]
+    for logger in loggers:
+        logger.addFilter(listen)
     try:
         yield heard
     finally:
-        logger.removeFilter(listen)
+        for logger in loggers:
+            logger.removeFilter(listen)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from attnfuse.passes.certify.check import Effort, certify
+from attnfuse.passes.certify.check import Effort, Replay, certify
 
-__all__ = ["Effort", "certify"]
+__all__ = ["Effort", "Replay", "certify"]

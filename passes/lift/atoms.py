@@ -1,6 +1,7 @@
 """What a read expression is made of where it stops being pointwise.
 
-In an expression that :class:`~attnfuse.passes.lift.reader.Reader` returns, ``t<slot>`` stands for the atom in that slot.
+In an expression that :class:`~attnfuse.passes.lift.reader.Reader` returns, ``t<slot>`` stands for the atom in that
+slot.
 """
 
 from __future__ import annotations

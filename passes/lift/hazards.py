@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-
 from dataclasses import replace
 
 from torch.fx import Node
@@ -15,9 +14,11 @@ from attnfuse.passes.site import Site
 
 __all__ = ["interior", "without_hazards"]
 
+
 def without_hazards(site: Site, order: Order) -> Site:
     """The site with its interior. Raises :class:`Refused` where a score or weight is used outside, or where
-    something that was read is overwritten."""
+    something that was read is overwritten.
+    """
     inside = interior(site, order)
     for node in inside:
         for user in node.users:

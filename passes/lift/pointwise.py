@@ -132,14 +132,14 @@ def _narrowed(reader: Reader, expr: Expr, target: torch.dtype) -> Expr:
         case Apply("where", (condition, a, b)):
             return apply("where", condition, _narrowed(reader, a, target), _narrowed(reader, b, target))
     huge = any(isinstance(part, Const) and abs(part.value) > torch.finfo(target).max for part in walk(expr))
-    if huge or not _is_score(reader, expr):
+    if huge or not _holds_score(reader, expr):
         raise Unreadable("a narrowing cast that may overflow")
     return expr
 
 
-def _is_score(reader: Reader, expr: Expr) -> bool:
-    """Whether there is a contraction inside; a score that overflows the source's dtype need not overflow ours."""
-    return any(isinstance(part, Capture) and reader.is_product(part.slot) for part in walk(expr))
+def _holds_score(reader: Reader, expr: Expr) -> bool:
+    """Whether a score or weight is inside; one that overflows the source's dtype need not overflow ours."""
+    return any(isinstance(part, Capture) and reader.is_score_or_weight(part.slot) for part in walk(expr))
 
 
 def _rounded(expr: Expr, target: torch.dtype) -> Expr:

@@ -21,7 +21,7 @@ from torch.fx import Node
 from attnfuse.algebra import Kind, kind, normalise
 from attnfuse.axes import Index, Size, Space, Unreadable
 from attnfuse.graph import facts
-from attnfuse.passes.lift.atoms import Atom, Dot, Leaf, Place
+from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, RowMax, Softmax
 from attnfuse.score import Apply, Capture, Const, Expr, Symbol, apply, walk
 from attnfuse.score import Index as Variable
 
@@ -121,11 +121,12 @@ class Reader:
                 return facts.kind(node)
         return "float"
 
-    def is_product(self, slot: int) -> bool:
-        """Whether the atom in a slot is a contraction."""
-        return isinstance(self.atoms[slot], Dot)
+    def is_score_or_weight(self, slot: int) -> bool:
+        """Whether the atom in a slot is a contraction, or comes from a normaliser."""
+        return isinstance(self.atoms[slot], (Dot, Softmax, RowMax, Dropped))
 
     def kind(self, expr: Expr) -> Kind:
+        """bool, int or float: what an expression of this reader evaluates to."""
         return kind(expr, self.kind_of)
 
     # --- numbers ------------------------------------------------------------------------------------

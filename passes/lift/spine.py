@@ -183,7 +183,8 @@ def _final(reader: Reader, operand: Operand) -> Operand:
 
 def _score_product(reader: Reader, softmax: Softmax, value_place: Place) -> Dot | None:
     """The product of queries and keys: of the contractions in the logit that have the key axis on one side
-    only, the one whose key side has the fewest axes that the values lack (a relative position has more)."""
+    only, the one whose key side has the fewest axes that the values lack (a relative position has more).
+    """
     shared = _axes(reader, value_place)
     candidates: list[tuple[int, Dot]] = []
     for atom in _atoms(reader, softmax.logit):
@@ -215,8 +216,8 @@ def _weight_program(reader: Reader, weights: Expr, softmax: Softmax) -> tuple[fl
             atom = reader.atoms[slot]
             if isinstance(atom, Dropped):
                 rate, weights = atom.rate, atom.inner
-    slot = reader.atom(softmax)
-    weight = rewrite(weights, lambda e: P if e == slot else e)
+    normalised = reader.atom(softmax)
+    weight = rewrite(weights, lambda e: P if e == normalised else e)
     if any(isinstance(atom, (Dropped, Softmax)) for atom in _atoms(reader, weight)):
         raise _refusal("something happens to the weights after dropout", softmax.node)
     return rate, weight

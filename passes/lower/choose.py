@@ -54,7 +54,9 @@ def plan(attention: Attention, wishes: Wishes) -> Plan | Refused:
         return _refusal(attention, str(error))
     if wishes.profit and not choice.pays:
         ours, theirs = choice.seconds[choice.kernel], choice.seconds[UNFUSED]
-        reason = f"no kernel is faster: {choice.kernel} is estimated at {ours:.2g} s, the graph as it is at {theirs:.2g} s"
+        reason = (
+            f"no kernel is faster: {choice.kernel} is estimated at {ours:.2g} s, the graph as it is at {theirs:.2g} s"
+        )
         return _refusal(attention, reason, "profit=False fuses all the same")
     return _planned(attention, start, problem, choice, wishes)
 

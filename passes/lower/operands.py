@@ -12,7 +12,6 @@ from attnfuse.graph import facts
 from attnfuse.graph.build import Builder
 from attnfuse.passes.site import Attention, Layout, Leaf
 
-
 __all__ = ["Operands", "build_operands", "nearest", "restore"]
 
 

@@ -38,7 +38,8 @@ class Roles:
 
 def roles_of(site: Site) -> Roles:
     """An axis that key or value has is batch or head; of the others the last dimension is the query row, and the
-    rest are heads that share a key/value head."""
+    rest are heads that share a key/value head.
+    """
     keyed = _axes(site.key.source) | _axes(site.value.source)
     dimensions = [index.axes for index in site.weight_place if index.axes != site.keys]
     row = _row(dimensions, keyed)
@@ -74,7 +75,8 @@ def _row(dimensions: list[Axes], keyed: set[Axis]) -> Axes:
 
 def _kv_head(dimensions: list[Axes], shared: list[Axis], group: Axes) -> Axes:
     """The shared axis that the group's heads lie in, or else the last one; a lone one is the batch of multi-query
-    attention when there is a group beside it."""
+    attention when there is a group beside it.
+    """
     for axes in dimensions:
         here = [axis for axis in axes if axis in shared]
         if here and any(axis in group for axis in axes):

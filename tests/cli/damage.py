@@ -7,6 +7,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,20 @@ def unknown_operator(archive: bytes) -> bytes:
     return edited(archive, lambda record, data: data.replace(b"aten.linear.default", b"nobody.knows.default"))
 
 
-class _Runs:
-    """Unpickles by creating a file."""
+def planted(canary: str) -> torch.Tensor:
+    """What unpickling calls: leaves a file, and returns something that fits."""
+    Path(canary).touch()
+    return torch.ones(2, 24, 16)
 
-    def __init__(self, canary: str) -> None:
-        self.canary = canary
+
+@dataclass(frozen=True)
+class _Runs:
+    """Pickles as a call of :func:`planted`."""
+
+    canary: str
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open, (self.canary, "w")
+        return planted, (self.canary,)
 
 
 def pickled_inputs(archive: bytes, canary: str) -> bytes:
@@ -176,8 +183,8 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 THREATS: dict[str, tuple[Callable[[bytes, str], bytes], str]] = {
-    "pickled-inputs": (pickled_inputs, "open"),
-    "pickled-weight": (pickled_weight, "open"),
+    "pickled-inputs": (pickled_inputs, "it pickles tests.cli.damage.planted"),
+    "pickled-weight": (pickled_weight, "it pickles tests.cli.damage.planted"),
     "pickled-constant": (pickled_constant, "a pickled constant"),
     "evaluated-size": (evaluated_size, "a size that is no arithmetic"),
     "executed-guard": (executed_guard, "a guard that is no comparison"),

@@ -77,26 +77,32 @@ def test_loading_leaves_the_environment_alone(archive: Path) -> None:
     assert dict(os.environ) == before
 
 
-@pytest.mark.parametrize("code", ["Symbol('s27', positive=True, integer=True)", "Mul(Integer(8), Symbol('s0'))",
-                                  "FloorDiv(Symbol('s0'), 2)", "s0*8 + 1", "Float('0.5', precision=53)", "-1"])  # fmt: skip
+SIZES = ("Symbol('s27', positive=True, integer=True)", "Mul(Integer(8), Symbol('s0'))", "FloorDiv(Symbol('s0'), 2)",
+         "s0*8 + 1", "Float('0.5', precision=53)", "-1")  # fmt: skip
+NO_SIZES = ("__import__('os').system('true')", "open('x', 'w')", "Symbol('f(x)')", "(lambda: 1)()", "sympify('f()')",
+            "lambdify(s0, 'g')", "s0.func('h')", "[1 for _ in '1']", "s0(")  # fmt: skip
+GUARDS = ("L['x'].size()[1] == L['d']['a'][0].size()[1]", "2 <= L['x'].size()[0]", "L['n'] == -math.inf",
+          "not math.isnan(L['n'])", "L['mode'] == 'fast'")  # fmt: skip
+NO_GUARDS = ("open('x')", "torch.hub.os.system('x')", "L['x'].__class__", "L['x'].numpy() == 1", "L['a\"b'] == 1",
+             "eval(L['x'])", "math.os.getcwd()")  # fmt: skip
+
+
+@pytest.mark.parametrize("code", SIZES)
 def test_sizes_that_torch_writes(code: str) -> None:
     assert _is_size(code)
 
 
-@pytest.mark.parametrize("code", ["__import__('os').system('true')", "open('x', 'w')", "Symbol('f(x)')", "(lambda: 1)()",
-                                  "sympify('f()')", "lambdify(s0, 'g')", "s0.func('h')", "[1 for _ in '1']", "s0("])  # fmt: skip
+@pytest.mark.parametrize("code", NO_SIZES)
 def test_sizes_that_nobody_should_evaluate(code: str) -> None:
     assert not _is_size(code)
 
 
-@pytest.mark.parametrize("code", ["L['x'].size()[1] == L['d']['a'][0].size()[1]", "2 <= L['x'].size()[0]",
-                                  "L['n'] == -math.inf", "not math.isnan(L['n'])", "L['mode'] == 'fast'"])  # fmt: skip
+@pytest.mark.parametrize("code", GUARDS)
 def test_guards_that_torch_writes(code: str) -> None:
     assert _is_guard(code)
 
 
-@pytest.mark.parametrize("code", ["open('x')", "torch.hub.os.system('x')", "L['x'].__class__", "L['x'].numpy() == 1",
-                                  "L['a\"b'] == 1", "eval(L['x'])", "math.os.getcwd()"])  # fmt: skip
+@pytest.mark.parametrize("code", NO_GUARDS)
 def test_guards_that_nobody_should_execute(code: str) -> None:
     assert not _is_guard(code)
 

@@ -59,8 +59,9 @@ class Spy:
 
     def assert_one_graph_all_fused(self, model: Model) -> None:
         """Raises AssertionError unless one graph was compiled, and no site is left in it."""
-        assert self.sites == [(model.sites, 0)]
+        assert len(self.sites) == 1, f"{len(self.sites)} graphs, with {self.sites} sites before and after"
         assert_all_fused(self.reports[0], model)
+        assert self.sites == [(model.sites, 0)], f"{self.sites} sites before and after"
 
 
 def assert_all_fused(report: Report, model: Model) -> None:

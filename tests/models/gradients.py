@@ -22,7 +22,7 @@ Gradients = dict[str, Tensor]
 def gradients(module: nn.Module, inputs: Inputs, run: Callable[..., Any] | None = None) -> Gradients:
     """Gradients of a fixed random projection of ``run(**inputs)`` to the parameters of ``module``."""
     module.zero_grad()
-    out = (run or module)(**inputs).last_hidden_state
+    out = (module if run is None else run)(**inputs).last_hidden_state
     # a plain sum would have no gradient: the last normalisation takes the mean away
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(out.dtype)
     (out * direction).sum().backward()

@@ -13,7 +13,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from attnfuse.form import Form
+from attnfuse.form import ABSORBING, Form
 from attnfuse.score import Const, Expr, apply, parse
 from attnfuse.spec import AttentionSpec, Captured
 
@@ -98,11 +98,13 @@ class Recipe:
         """The canonical spec, with captures in the order of :attr:`args` and floats in ``dtype``."""
         keep = tuple(self._parse(part.program) for part in self.masks)
         bias = tuple(self._parse(part.program) for part in self.biases)
-        # the most negative float32 swallows any score it is added to, so that adding it replaces the score
-        if keep and self.added and self.fill > FINFO_MIN:
+        # a fill that does not swallow every score it is added to is a bias like any other
+        if keep and self.added and self.fill > ABSORBING:
             bias, keep = (*bias, apply("where", reduce(_both, keep), Const(0.0), Const(self.fill))), ()
+        # adding -inf and choosing it are the same, gradient included
+        added = self.added and bool(keep) and self.fill > float("-inf")
         return AttentionSpec(
-            score=Form(self._scale(), self.softcap, bias, keep, self.fill if keep else float("-inf")).expr(),
+            score=Form(self._scale(), self.softcap, bias, keep, self.fill if keep else float("-inf"), added).expr(),
             sink=self._parse("{sinks}") if self.sink else None,
             captures=tuple(Captured(self._axes(arg), _dtype_name(arg, dtype)) for arg in self.args),
             batch=len(self.sizes.batch),

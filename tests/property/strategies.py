@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.property import recipe as parts
 from tests.property.menu import AXES, Spelling, options, plainest, term_options
 from tests.property.recipe import Part, Recipe, Sizes
+from tests.property.vocabulary import UNREAD
 
 __all__ = ["recipes", "sizes", "spellings", "sweep"]
 
@@ -90,11 +91,12 @@ def _distinct(draw: st.DrawFn) -> Sizes:
 
 
 @st.composite
-def spellings(draw: st.DrawFn, recipe: Recipe) -> Spelling:
-    """A random spelling that fits ``recipe``."""
+def spellings(draw: st.DrawFn, recipe: Recipe, unread: bool = True) -> Spelling:
+    """A random spelling that fits ``recipe``; without ``unread``, only of words that attnfuse reads."""
     chosen = Spelling()
     for axis in AXES:
-        chosen = replace(chosen, **{axis: draw(st.sampled_from(options(recipe, chosen, axis)))})
+        fits = [word for word in options(recipe, chosen, axis) if unread or word not in UNREAD.get(axis, ())]
+        chosen = replace(chosen, **{axis: draw(st.sampled_from(fits))})
     return replace(chosen, terms=tuple(draw(st.sampled_from(term_options(recipe, chosen, part))) for part in recipe))
 
 

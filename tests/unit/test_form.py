@@ -81,8 +81,9 @@ def test_other_programs_have_no_form(program: str) -> None:
         ("where(n >= m, s, -inf)", "window 0"),
         ("where(t0, s, -inf)", "padding"),
         ("where(t3 == t4, s, -inf)", "document"),
-        ("where(t4 == t3, s, -inf)", "predicate"),
+        ("where(t4 == t3, s, -inf)", "document"),
         ("where(t5, s, -inf)", "predicate"),
+        ("where(t4 == t4, s, -inf)", "padding"),
         ("where(n <= m + n, s, -inf)", "predicate"),
         ("where((n <= m) & (n >= m - 3) & t0, s, -inf)", "causal, window -3, padding"),
         (

@@ -56,16 +56,17 @@ class Gradients:
         )
 
     def _block(self, block: Block, chain: Chain) -> None:
-        call, keys = self.call, block.shape[-1]
-        scope, score = call.scope(block), self._raw_scores(block)
-        weight = torch.softmax(logits(call, block, chain, self.workspace), dim=-1)
+        call = self.call
+        block, logit = logits(call, block, chain, self.workspace)
+        keys, scope = block.shape[-1], call.scope(block)
+        weight = torch.softmax(logit, dim=-1)
         grad = self._weight_gradient(block, scope, weight)
         grad = torch.ops.aten._softmax_backward_data(grad, weight, -1, weight.dtype)
         if self.grad_lse is not None:
             grad.addcmul_(weight, call.heads_of(block, self.grad_lse).unsqueeze(-1).to(weight.dtype))
         if call.spec.sink is not None:
             self._pull_captures(call.spec.sink, replace(scope, weight=grad[..., keys:]))
-        inner = replace(scope, score=score, weight=grad[..., :keys])
+        inner = replace(scope, score=self._raw_scores(block), weight=grad[..., :keys])
         self._pull_captures(call.spec.score, inner)
         if self.needs[0] or self.needs[1]:
             pulled = chain.run(pullback(call.spec.score).get(S, Const(0.0)), inner, P)
@@ -73,7 +74,9 @@ class Gradients:
 
     def _raw_scores(self, block: Block) -> Tensor | None:
         """The scores before the program, where its derivative reads them."""
-        read = any(isinstance(part, Score) for pulled in pullback(self.call.spec.score).values() for part in walk(pulled))
+        read = any(
+            isinstance(part, Score) for pulled in pullback(self.call.spec.score).values() for part in walk(pulled)
+        )
         return scores(self.call, block, self.workspace)[..., : block.shape[-1]].clone() if read else None
 
     def _weight_gradient(self, block: Block, scope: Scope, weight: Tensor) -> Tensor:

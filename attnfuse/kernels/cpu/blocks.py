@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attnfuse.kernels.rows import Band
 
@@ -12,10 +12,10 @@ __all__ = ["Block", "Layout", "blocks"]
 
 Span = tuple[int, int]
 
-#: Query rows of a block: enough for a matrix product to run at full speed.
-ROWS = 64
-#: Scores of a block for each thread: 512 KiB of float32, half of an L2 cache.
-SCORES = 1 << 17
+#: Rows of a block's matrix products. More are no faster, and skip fewer masked keys.
+ROWS = 128
+#: Scores of a block for each thread: 1 MiB of float32, an L2 cache. Half as many cost 5%, an eighth 25%.
+SCORES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Layout:
 @dataclass(frozen=True)
 class Block:
     """``batch`` and ``kv_heads`` are spans of key's axes, ``rows`` and ``keys`` of the scores'; ``core`` are
-    the keys inside the mask's band for every row."""
+    the keys inside the mask's band for every row.
+    """
 
     batch: tuple[Span, ...]
     kv_heads: Span
@@ -54,6 +55,10 @@ class Block:
         """One span for each axis of the scores."""
         first, last = self.kv_heads
         return (*self.batch, (first * self.groups, last * self.groups), self.rows, self.keys)
+
+    def with_all(self, keys: int) -> Block:
+        """The same rows with every key."""
+        return replace(self, keys=(0, keys))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.dropout import kept
-from attnfuse.form import form_of
+from attnfuse.form import Form, form_of
 from attnfuse.kernels.cpu.blocks import Block, Layout, Span, blocks
 from attnfuse.kernels.cpu.chain import Chain
 from attnfuse.kernels.rows import Band, band_of, rows_kept
@@ -19,8 +19,12 @@ from attnfuse.spec import AttentionSpec
 
 __all__ = ["Call"]
 
-#: A fill at or below this absorbs any score: a masked weight is zero wherever the row keeps a key.
+#: A fill at or below this masks; a higher one is taken for a score.
+FILL = -1e4
+#: A fill at or below this is below any score.
 ABSORBING = -1e30
+#: ``exp(-MARGIN)`` is zero, in float64 too.
+MARGIN = 1000.0
 
 
 @dataclass(frozen=True)
@@ -58,18 +62,34 @@ class Call:
         return Layout(tuple(batch), kv_heads, heads // kv_heads, rows, keys)
 
     @cached_property
-    def band(self) -> Band:
-        """The band outside of which a key has weight zero, and no gradient; open where that is not certain.
+    def form(self) -> Form | None:
+        """The form of the score program, where it has one and masks with it."""
+        form = form_of(self.spec.score)
+        return form if form is not None and form.keep and form.fill <= FILL else None
 
-        A row that keeps no key has weight NaN on all keys behind -inf, unless it has a sink, and equal
-        weights on all keys behind a finite fill.
+    @cached_property
+    def band(self) -> Band:
+        """The band of the mask: keys outside have weight zero, in rows that keep a key."""
+        return Band(exact=False) if self.form is None else band_of(self.spec, tuple(self.symbols))
+
+    @cached_property
+    def certain(self) -> bool:
+        """Whether leaving out keys outside of the band is right even without looking at the logits.
+
+        A row that keeps no key is NaN, with or without the keys behind -inf, but their values' gradients
+        are NaN too, unless there is a sink. Behind a finite fill such a row weighs *all* keys equally.
         """
-        form, sizes = form_of(self.spec.score), tuple(self.symbols)
-        if form is None or not form.keep:
-            return Band(exact=False)
-        harmless = form.fill == float("-inf") and (not self.training or self.spec.sink is not None)
-        absorbed = form.fill <= ABSORBING and rows_kept(self.spec, self.layout.rows, self.layout.keys, sizes)
-        return band_of(self.spec, sizes) if harmless or absorbed else Band(exact=False)
+        if self.form is None:
+            return True
+        if self.form.fill == float("-inf") and (self.spec.sink is not None or not self.training):
+            return True
+        return self.form.fill <= ABSORBING and rows_kept(self.spec, self.layout.rows, self.layout.keys, self.symbols)
+
+    def alive(self, logit: Tensor) -> bool:
+        """Whether in every row some logit is so far above the fill that masked keys have weight zero."""
+        if self.form is None:
+            return True
+        return bool((logit.amax(dim=-1) > self.form.fill + MARGIN).all())
 
     def blocks(self) -> Iterator[tuple[Block, Chain]]:
         """Every block, with a chain that blocks of the same rows share."""
@@ -77,7 +97,8 @@ class Call:
         for block in blocks(self.layout, self.band, torch.get_num_threads()):
             if block.rows != rows:
                 rows = block.rows
-                chain = Chain(self.spec.captures, block.core if self.band.exact else None)
+                core = block.core if self.band.exact else None
+                chain = Chain(self.spec.captures, core, half=self.query.dtype != self.dtype)
             yield block, chain
 
     def scope(self, block: Block) -> Scope:
@@ -91,7 +112,7 @@ class Call:
         return mask.to(self.dtype).mul_(1 / (1 - p) if p < 1 else 0.0)
 
     def heads_of(self, block: Block, tensor: Tensor) -> Tensor:
-        """Query, out or lse ``[*B, H, M, ...]`` cut to a block: a view."""
+        """A tensor ``[*B, H, M, ...]`` cut to a block: a view."""
         for axis, (first, last) in enumerate(block.spans[:-1]):
             tensor = tensor.narrow(axis, first, last - first)
         return tensor
@@ -103,7 +124,7 @@ class Call:
     def keys_of(self, block: Block, tensor: Tensor) -> Tensor:
         """Key or value ``[*B, Hkv, N, D]`` on a block as ``[lead, keys, D]``; broadcast batches are expanded."""
         for axis, (first, last) in enumerate((*block.batch, block.kv_heads, block.keys)):
-            if tensor.shape[axis] != 1 or last - first == 1 and first == 0:
+            if tensor.shape[axis] != 1 or (last - first == 1 and first == 0):
                 tensor = tensor.narrow(axis, first, last - first)
         sizes = [last - first for first, last in block.batch]
         return tensor.expand(*sizes, *tensor.shape[-3:]).reshape(block.lead, -1, tensor.shape[-1])

@@ -5,7 +5,7 @@ overwrite the scores. A program that reads ``s`` twice is evaluated out of place
 
 Measured on one core of a Zen 4 with torch 2.13, nanoseconds for each float32 score of a block in L2:
 ``add_`` 0.10, ``mul_`` 0.10, ``where`` 0.78, ``masked_fill_`` 2.5. Hence :func:`select_`, which masks by
-two bitwise operations, 0.20.
+two bitwise operations, 0.20. ``tanh_`` takes 2.5 and ``sigmoid_`` 0.40: hence :func:`tanh_by_sigmoid_`.
 """
 
 from __future__ import annotations
@@ -52,11 +52,13 @@ class Chain:
     """Runs programs on blocks. ``memo`` keeps, while blocks share their rows, what no batch or head changes.
 
     ``core``, where it is given, are the keys that the program's mask keeps for every row of the block:
-    the mask is a band, and is applied to the other keys only.
+    the mask is a band, and is applied to the other keys only. ``half`` says that scores were products of a
+    half type, already rounded to 8 or 11 bits.
     """
 
     captures: tuple[Captured, ...]
     core: Span | None = None
+    half: bool = False
     memo: dict[tuple[Expr, Span], Tensor] = field(default_factory=dict)
 
     def run(self, program: Expr, scope: Scope, variable: Expr = S) -> Tensor:
@@ -73,6 +75,8 @@ class Chain:
         if step.op == "where" and step.place:
             self._mask(step, value, scope)
             return value
+        if step.op == "tanh" and self.half:
+            return tanh_by_sigmoid_(value)
         others = [self.value(other, scope) for other in step.others]
         if step.op in _UNARY:
             return _UNARY[step.op](value)
@@ -113,6 +117,12 @@ def select_(value: Tensor, keep: Tensor, fill: Tensor) -> None:
     kind = torch.int64 if value.dtype == torch.float64 else torch.int32
     ones = keep.to(kind).neg_()
     value.view(kind).bitwise_and_(ones).bitwise_or_(~ones & fill.to(value.dtype).view(kind))
+
+
+def tanh_by_sigmoid_(value: Tensor) -> Tensor:
+    """``tanh`` in place with an absolute error of 1.2e-7, at a quarter of the time: ``2 * sigmoid(2 * x) - 1``."""
+    value.mul_(2.0).sigmoid_()
+    return torch.add(value.new_tensor(-1.0), value, alpha=2.0, out=value)
 
 
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {

@@ -44,13 +44,22 @@ def scores(call: Call, block: Block, workspace: Workspace) -> Tensor:
     return room
 
 
-def logits(call: Call, block: Block, chain: Chain, workspace: Workspace) -> Tensor:
-    """The logits of a block, and the sink's as the last column if there is one."""
+def logits(call: Call, block: Block, chain: Chain, workspace: Workspace) -> tuple[Block, Tensor]:
+    """The logits of a block, the sink's as the last column; and the block, with all keys if a row needs them."""
+    logit = _logits(call, block, chain, workspace)
+    if call.certain or block.keys == (0, call.layout.keys) or call.alive(logit):
+        return block, logit
+    block = block.with_all(call.layout.keys)
+    return block, _logits(call, block, chain, workspace)
+
+
+def _logits(call: Call, block: Block, chain: Chain, workspace: Workspace) -> Tensor:
     room, keys = scores(call, block, workspace), block.shape[-1]
     scope = call.scope(block)
-    found = chain.run(call.spec.score, replace(scope, score=room[..., :keys]))
-    if found.data_ptr() != room.data_ptr():
-        room[..., :keys].copy_(found)
+    target = room[..., :keys]
+    found = chain.run(call.spec.score, replace(scope, score=target))
+    if found is not target:
+        target.copy_(found)
     if call.spec.sink is not None:
         room[..., keys:].copy_(chain.value(call.spec.sink, scope))
     return room
@@ -86,8 +95,9 @@ class Forward:
         return out, lse
 
     def _block(self, block: Block, chain: Chain) -> tuple[Tensor, Tensor | None]:
-        call, keys = self.call, block.shape[-1]
-        logit = logits(call, block, chain, self.workspace)
+        call = self.call
+        block, logit = logits(call, block, chain, self.workspace)
+        keys = block.shape[-1]
         top = logit.amax(dim=-1) if self.with_lse else None
         # row by row, so the weights may overwrite the logits
         weight = torch.softmax(logit, dim=-1, out=logit)

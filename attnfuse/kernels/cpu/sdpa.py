@@ -175,9 +175,7 @@ def _is_causal(spec: AttentionSpec) -> bool:
     return certain and band.exact and (band.left, band.right) == (None, 0)
 
 
-def _mask(
-    form: Form, query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int]
-) -> Tensor | None:
+def _mask(form: Form, query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int]) -> Tensor | None:
     """Biases and masks as one additive tensor that broadcasts against the scores."""
     parts = list(form.bias)
     for conjunct in form.keep:

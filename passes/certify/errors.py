@@ -1,0 +1,59 @@
+"""How far two results are from the exact one, and how far they may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnfuse.errors import NotEquivalent
+
+__all__ = ["Errors", "compare"]
+
+#: The replacement may err this many times as much as the source: summing in another order moves an
+#: error by about its own size, and a maximum over few elements is a noisy estimate.
+_FACTOR = 4.0
+
+#: Units in the last place at the largest exact value that are no error: the source may be exact by luck.
+_FLOOR = 8.0
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Mean and maximum absolute error against float64, of the source and of the replacement."""
+
+    source_mean: float
+    source_max: float
+    fused_mean: float
+    fused_max: float
+
+
+def compare(what: str, source: Tensor, fused: Tensor, exact: Tensor) -> Errors:
+    """The errors of both. Raises :class:`NotEquivalent`, beginning with ``what``, where ``fused`` is too far off.
+
+    Where the source is NaN or infinite, fused may be so too, or finite if ``exact`` is: an overflow of an
+    intermediate need not be repeated.
+    """
+    if (source.shape, source.dtype) != (fused.shape, fused.dtype):
+        raise NotEquivalent(f"{what} is {fused.dtype}{list(fused.shape)}, not {source.dtype}{list(source.shape)}")
+    repaired = fused.isfinite() & exact.isfinite()
+    if bool(((fused.isnan() != source.isnan()) & ~repaired).any()):
+        raise NotEquivalent(f"{what} is NaN at other places than in the source")
+    known = exact.isfinite() & source.isfinite()
+    theirs, ours = _mean_and_max(source, exact, known), _mean_and_max(fused, exact, known)
+    floor = _FLOOR * torch.finfo(source.dtype).eps * _largest(exact)
+    for which, own, other in zip(("mean", "maximum"), ours, theirs, strict=True):
+        if not own <= _FACTOR * other + floor:
+            raise NotEquivalent(f"{what} has {which} error {own:.2g}, where the source has {other:.2g}")
+    return Errors(*theirs, *ours)
+
+
+def _mean_and_max(got: Tensor, exact: Tensor, where: Tensor) -> tuple[float, float]:
+    off = (got.double() - exact).abs()[where]
+    return (off.mean().item(), off.max().item()) if off.numel() else (0.0, 0.0)
+
+
+def _largest(exact: Tensor) -> float:
+    finite = exact[exact.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
