@@ -160,7 +160,8 @@ def _simplify(state: State) -> State:
 
 
 def _choose(state: State) -> State:
-    return replace(state, items=tuple(plan(i, state.wishes) if isinstance(i, Attention) else i for i in state.items))
+    planned = (plan(i, state.captured, state.wishes) if isinstance(i, Attention) else i for i in state.items)
+    return replace(state, items=tuple(planned))
 
 
 def _certify(state: State) -> State:
@@ -182,7 +183,8 @@ def _checked(item: Plan, state: State) -> Checked | Refused:
 
 def _replay(item: Plan) -> Replay:
     attention = item.attention
-    needs = tuple(facts.is_tensor(node) and facts.tensor(node).requires_grad for node in item.inputs)
+    placeholders = (node for node in item.replacement.graph.nodes if node.op == "placeholder")
+    needs = tuple(facts.is_tensor(node) and facts.tensor(node).requires_grad for node in placeholders)
     return Replay(attention.site.node, item.inputs, needs, item.replacement, attention.spec.dropout > 0)
 
 

@@ -7,7 +7,8 @@ methods; it is traced once more, before dispatch, and what is found in the trace
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,12 @@ import torch
 from torch._guards import tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode, get_proxy_slot, make_fx
+from torch.fx.experimental.proxy_tensor import (
+    get_innermost_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    track_tensor_tree,
+)
 from torch.fx.traceback import preserve_node_meta, set_current_meta
 
 from attnfuse.graph import facts
@@ -74,7 +80,7 @@ _TORCH_FUNCTIONS = frozenset((torch.matmul, torch.softmax, torch.bmm, torch.eins
 def _traced(module: GraphModule) -> Captured:
     placeholders = [facts.value(node) for node in module.graph.nodes if node.op == "placeholder"]
     mirror = _Mirror(module)
-    with tracing(None), preserve_node_meta():
+    with tracing(None), preserve_node_meta(), _modes_restored():
         aten = make_fx(mirror.run, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*placeholders)
     return Captured(module, aten.graph, mirror.home)
 
@@ -89,12 +95,32 @@ class _Mirror(Interpreter):
     def run_node(self, n: Node) -> Any:
         known = facts.value(n)
         if n.op == "call_method" and n.target == "item" and isinstance(known, (torch.SymFloat, torch.SymInt)):
-            return known  # running it would make a second, unbacked symbol
+            return self._known_number(n, known)
         with set_current_meta(n):
             result = super().run_node(n)
         if isinstance(result, torch.Tensor) and (traced := _node_of(result)) is not None:
             self.home.setdefault(traced, n)
         return result
+
+    def _known_number(self, n: Node, number: torch.SymFloat | torch.SymInt) -> Any:
+        """``tensor.item()`` as the symbol that Dynamo gave it; running it would make a second one without a value."""
+        mode = get_innermost_proxy_mode()
+        source = self.env[n.args[0]]
+        if mode is None or (traced := _node_of(source)) is None:
+            return number
+        proxy = mode.tracer.create_proxy("call_function", torch.ops.aten.item.default, (mode.tracer.proxy(traced),), {})
+        return track_tensor_tree(number, proxy, constant=None, tracer=mode.tracer)
+
+
+@contextmanager
+def _modes_restored() -> Iterator[None]:
+    """A traced program switches grad and autocast modes, and an error may leave it before it switches them back."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+        for device in ("cpu", "cuda", "xpu"):
+            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+            stack.enter_context(torch.autocast(device, dtype, enabled))
+        yield
 
 
 def _node_of(value: torch.Tensor) -> Node | None:

@@ -34,6 +34,11 @@ class Band:
     right: int | None = None
     exact: bool = True
 
+    @property
+    def open(self) -> bool:
+        """Whether every key is inside."""
+        return self.left is None and self.right is None
+
     def reach(self, first: int, last: int, keys: int) -> tuple[int, int]:
         """The keys that any row in ``first..last-1`` can keep, as a span; at least one key when there are any."""
         start = 0 if self.left is None else min(max(first + self.left, 0), max(keys - 1, 0))

@@ -40,6 +40,9 @@ def compare(what: str, source: Tensor, fused: Tensor, exact: Tensor) -> Errors:
     repaired = fused.isfinite() & exact.isfinite()
     if bool(((fused.isnan() != source.isnan()) & ~repaired).any()):
         raise NotEquivalent(f"{what} is NaN at other places than in the source")
+    overflowed = source.isinf() & ~repaired
+    if bool((overflowed & (fused != source)).any()):
+        raise NotEquivalent(f"{what} is infinite at other places than in the source")
     known = exact.isfinite() & source.isfinite()
     theirs, ours = _mean_and_max(source, exact, known), _mean_and_max(fused, exact, known)
     floor = _FLOOR * torch.finfo(source.dtype).eps * _largest(exact)

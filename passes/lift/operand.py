@@ -52,9 +52,8 @@ def _followed(reader: Reader, rules: Rules, node: Node, place: Place) -> Operand
     slot, source = _read_last(seen, found)
     factor = normalise(rewrite(found, lambda e: Const(1.0) if e == Capture(slot) else e), reader.kind_of)
     # past a scaling, the nodes nearer to the contraction hold scaled values
-    trail = [Leaf(n, p) for n, p in seen.trail if factor == Const(1.0)]
-    upto = next((i for i, leaf in enumerate(trail) if leaf.node is source.node), len(trail))
-    return Operand(factor, (*trail[:upto], source))
+    seen_views = [Leaf(n, p) for n, p in seen.trail if factor == Const(1.0) and n is not source.node]
+    return Operand(factor, (*filter(reader.is_plain, seen_views), source))
 
 
 def _read_last(seen: Reader, found: Expr) -> tuple[int, Leaf]:

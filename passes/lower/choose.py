@@ -10,6 +10,7 @@ from attnfuse.axes import same_size
 from attnfuse.errors import NoKernel, Refused
 from attnfuse.graph import facts
 from attnfuse.graph.build import UnknownSize
+from attnfuse.graph.capture import Captured
 from attnfuse.kernels import UNFUSED, Choice, Numerics, Operand, Problem, choose, lookup, rows_kept
 from attnfuse.passes.lower.operands import Operands
 from attnfuse.passes.lower.replacement import Draft, draft, finished
@@ -44,10 +45,11 @@ class Plan:
     replacement: GraphModule
 
 
-def plan(attention: Attention, wishes: Wishes) -> Plan | Refused:
+def plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Refused:
     """The best plan for a site; refused where no kernel can, or none is estimated to pay."""
     try:
-        start = draft(attention)
+        # only the edited graph's values know which of them need a gradient
+        start = draft(attention, lambda node: facts.value(captured.at_home(node)))
         problem = _problem(attention, start.operands, wishes.numerics)
         choice = choose(problem, wishes.target, wishes.kernel, portable=wishes.portable)
     except (UnknownSize, NoKernel) as error:

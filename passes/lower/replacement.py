@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,13 +34,13 @@ class Draft:
     operands: Operands
 
 
-def draft(attention: Attention) -> Draft:
-    """The operands of ``attention``, built from its leaves."""
+def draft(attention: Attention, value: Callable[[Node], object] = facts.value) -> Draft:
+    """The operands of ``attention``, built from its leaves, whose fake values are asked of ``value``."""
     inputs = tuple(dict.fromkeys(nearest(layout).node for layout in attention.layouts))
     graph = Graph()
     standing = {node: graph.placeholder(node.name) for node in inputs}
     for node, placeholder in standing.items():
-        placeholder.meta["val"] = facts.value(node)
+        placeholder.meta["val"] = value(node)
     operands = build_operands(Builder(graph), attention, standing.__getitem__)
     return Draft(graph, inputs, operands)
 

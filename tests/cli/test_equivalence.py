@@ -49,7 +49,7 @@ def test_every_size_is_tried(program: ExportedProgram) -> None:
 
 def test_a_wrong_operator_is_noticed(program: ExportedProgram) -> None:
     wrong = changed(program, torch.ops.aten.div.Tensor, torch.ops.aten.mul.Tensor)
-    with pytest.raises(NotEquivalent, match="output 0 on saved inputs is off by"):
+    with pytest.raises(NotEquivalent, match=r"output 0 on saved inputs has \w+ error"):
         check(program, wrong)
 
 
@@ -83,13 +83,13 @@ def test_nan_where_the_source_has_none_is_noticed() -> None:
             return hidden.abs().sqrt()
 
     program = exported(Root(), torch.randn(16))
-    with pytest.raises(NotEquivalent, match="NaN at other positions"):
+    with pytest.raises(NotEquivalent, match="NaN at other places"):
         check(program, changed(program, torch.ops.aten.abs.default, torch.ops.aten.neg.default))
 
 
 def test_a_shape_that_differs_is_noticed() -> None:
     program = exported(Plain(), torch.randn(4, 4))
-    with pytest.raises(NotEquivalent, match=r"is float32\[2, 4\] instead of float32\[4, 4\]"):
+    with pytest.raises(NotEquivalent, match=r"is torch.float32\[2, 4\], not torch.float32\[4, 4\]"):
         check(program, exported(_Half(), torch.randn(4, 4)))
 
 
@@ -163,9 +163,7 @@ def test_a_result_that_fails_is_noticed(program: ExportedProgram) -> None:
         check(program, wrong)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: exported(Plain(), torch.randn(0, 4)), lambda: exported(Plain(), torch.tensor(1.5))]
-)
-def test_empty_and_scalar_outputs(make: Callable[[], ExportedProgram]) -> None:
-    program = make()
+@pytest.mark.parametrize("hidden", [torch.randn(0, 4), torch.tensor(1.5)])
+def test_empty_and_scalar_outputs(hidden: Tensor) -> None:
+    program = exported(Plain(), hidden)
     check(program, program)

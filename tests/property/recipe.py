@@ -68,6 +68,17 @@ class Inputs:
     value: Tensor
     captures: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Operands, then captures."""
+        return (self.query, self.key, self.value, *self.captures.values())
+
+    def leaves(self) -> Inputs:
+        """The same data; what is floating-point asks for a gradient."""
+        for tensor in self.tensors:
+            tensor.requires_grad_(tensor.is_floating_point())
+        return self
+
     def to(self, dtype: torch.dtype) -> Inputs:
         """Floating-point tensors in ``dtype``, the others as they are."""
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.captures.items()}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tests.property import vocabulary as words
 from tests.property.menu import Spelling
 from tests.property.recipe import Inputs, Part, Recipe
+from tests.support.doors import as_module
 
 __all__ = ["Spelled", "spell"]
 
@@ -42,7 +43,7 @@ class Spelled:
     @cached_property
     def module(self) -> nn.Module:
         """The function as a module."""
-        return _Calls(_import(self.source))
+        return as_module(_import(self.source))
 
     def arguments(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """``inputs`` in the shapes in which this spelling takes them, captures after query, key and value."""
@@ -63,15 +64,6 @@ class Spelled:
             ways |= words.TERMS[part.word][word].outside
         for arg in self.recipe.args:
             yield _evaluate(ways.get(arg.name, "{x}"), x=inputs.captures[arg.name])
-
-
-class _Calls(nn.Module):
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.function(*args)
 
 
 def _import(source: str) -> Callable[..., Tensor]:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from attnfuse import reference
 from tests.property.menu import Spelling
-from tests.property.recipe import FINFO_MIN, Recipe
+from tests.property.recipe import FINFO_MIN, Inputs, Recipe
 from tests.property.spell import Spelled, spell
 from tests.property.strategies import recipes, sizes, spellings
 from tests.support.compare import assert_as_good
@@ -70,6 +70,34 @@ def assert_equivalent(door: str, recipe: Recipe, spelling: Spelling, made_of: Da
     exact, empty = _exact(spelled, made_of)
     for rows in (empty, ~empty):
         assert_as_good(fused[rows], source[rows], exact[rows])
+
+
+@given(st.data())
+@settings(max_examples=max(10, settings().max_examples // 2))
+def test_gradients_are_as_good_as_the_source_s(data: st.DataObject) -> None:
+    recipe = data.draw(recipes(sizes()))
+    spelled = spell(recipe, data.draw(spellings(recipe)))
+    inputs, exact_inputs = recipe.inputs().leaves(), recipe.inputs().to(torch.float64).leaves()
+    exact_args = [exact_inputs.captures[arg.name] for arg in recipe.args]
+    operands = (exact_inputs.query, exact_inputs.key, exact_inputs.value)
+    exact = spelled.leave(reference.attention(recipe.spec(torch.float64), *operands, exact_args)[0])
+    args = spelled.arguments(inputs)
+    program = rewritten("dynamo", spelled.module, args)
+    towards = torch.randn(exact.shape)
+    try:
+        source = _gradients(spelled.module(*args), inputs, towards)
+    except RuntimeError as error:
+        # some spellings overwrite what autograd would need: those are no training programs
+        assert "modified by an inplace operation" in str(error)
+        reject()
+    fused = _gradients(program.run(*spelled.arguments(inputs)), inputs, towards)
+    for ours, theirs, truth in zip(fused, source, _gradients(exact, exact_inputs, towards), strict=True):
+        assert_as_good(ours, theirs, truth)
+
+
+def _gradients(out: Tensor, inputs: Inputs, towards: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x for x in inputs.tensors if x.requires_grad]
+    return torch.autograd.grad(out, leaves, towards.to(out.dtype), materialize_grads=True)
 
 
 def _exact(spelled: Spelled, made_of: Data) -> tuple[Tensor, Tensor]:

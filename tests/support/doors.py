@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from attnfuse.fuse import fuse_graph
-from attnfuse.pt2 import rewrite
+from attnfuse import fuse_graph, rewrite
 from attnfuse.report import Report
 
-__all__ = ["DOORS", "Rewritten", "rewritten"]
+__all__ = ["DOORS", "Rewritten", "as_module", "rewritten"]
+
+
+def as_module(function: Callable[..., Any]) -> nn.Module:
+    """A module whose forward is ``function``, with its argument names and source lines."""
+    made: nn.Module = type(function.__name__, (nn.Module,), {"forward": staticmethod(function)})()
+    return made
 
 
 @dataclass(frozen=True)

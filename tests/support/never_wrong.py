@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnfuse.report import Report
 from tests.support.compare import assert_as_good
-from tests.support.doors import rewritten
+from tests.support.doors import as_module, rewritten
 
 __all__ = ["never_wrong", "qkv"]
 
@@ -33,7 +33,7 @@ def never_wrong(door: str, attention: Callable[..., Any], *args: Tensor, sites: 
     The exact result is the source's in float64, so ``attention`` names no floating dtype. ``sites`` is how many places
     look like attention: each must be fused, or refused for a stated reason. Returns the report.
     """
-    program = rewritten(door, _Calls(attention), _copies(args), **options)
+    program = rewritten(door, as_module(attention), _copies(args), **options)
     source_args, fused_args = _copies(args), _copies(args)
     exact_args = tuple(x.double() if x.is_floating_point() else x.clone() for x in args)
     source, fused, exact = attention(*source_args), program.run(*fused_args), attention(*exact_args)
@@ -46,15 +46,6 @@ def never_wrong(door: str, attention: Callable[..., Any], *args: Tensor, sites: 
     assert len(program.report.sites) == sites, program.report
     assert all(len(site.reason.split()) > 2 for site in program.report.refused), program.report
     return program.report
-
-
-class _Calls(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> Any:
-        return self.function(*args)
 
 
 def _copies(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from attnfuse.kernels.rows import Band
 
@@ -12,10 +13,10 @@ __all__ = ["Block", "Layout", "blocks"]
 
 Span = tuple[int, int]
 
-#: Rows of a block's matrix products. More are no faster, and skip fewer masked keys.
-ROWS = 128
-#: Scores of a block for each thread: 1 MiB of float32, an L2 cache. Half as many cost 5%, an eighth 25%.
-SCORES = 1 << 18
+#: Rows of a block's matrix products: fewer skip more of what a band masks, more need fewer blocks.
+ROWS_IN_BAND, ROWS = 128, 512
+#: Scores of a block for each thread, 2 MiB of float32. A quarter of that costs 10% at 2048 keys, 25% at 512.
+SCORES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Block:
     core: Span
     groups: int
 
-    @property
+    @cached_property
     def lead(self) -> int:
         """Batches times key/value heads: the batch of this block's matrix products."""
         size = self.kv_heads[1] - self.kv_heads[0]
@@ -50,7 +51,7 @@ class Block:
             size *= last - first
         return size
 
-    @property
+    @cached_property
     def spans(self) -> tuple[Span, ...]:
         """One span for each axis of the scores."""
         first, last = self.kv_heads
@@ -60,26 +61,24 @@ class Block:
         """The same rows with every key."""
         return replace(self, keys=(0, keys))
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The block's shape, ``[*B, H, M, N]``."""
         return tuple(last - first for first, last in self.spans)
 
 
 def blocks(layout: Layout, band: Band, threads: int) -> Iterator[Block]:
-    """Blocks that cover all scores the band keeps, each row in one block; row blocks outermost."""
-    row_step = _row_step(layout)
-    for rows in _spans(layout.rows, row_step):
+    """Blocks that cover all scores the band keeps, each row in one block; row blocks outermost.
+
+    The last rows come first: behind a causal mask they have the most keys, so memory once taken is enough.
+    """
+    row_step = max((ROWS if band.open else ROWS_IN_BAND) // layout.groups, 16)
+    for rows in reversed(_spans(layout.rows, row_step)):
         keys = band.reach(*rows, layout.keys)
         core = band.core(*rows, layout.keys)
         scores = layout.groups * (rows[1] - rows[0]) * max(keys[1] - keys[0], 1)
         for *batch, kv_heads in _parts((*layout.batch, layout.kv_heads), max(threads * SCORES // scores, 1)):
             yield Block(tuple(batch), kv_heads, rows, keys, core, layout.groups)
-
-
-def _row_step(layout: Layout) -> int:
-    """Rows of a block; grouped heads multiply the rows of its matrix products."""
-    return max(ROWS // layout.groups, 16)
 
 
 def _parts(sizes: Sequence[int], at_most: int) -> Iterator[tuple[Span, ...]]:
@@ -88,8 +87,8 @@ def _parts(sizes: Sequence[int], at_most: int) -> Iterator[tuple[Span, ...]]:
     for size in reversed(sizes):
         steps.append(max(min(size, at_most), 1))
         at_most = at_most // size if size and at_most >= size else 1
-    return itertools.product(*(list(_spans(size, step)) for size, step in zip(sizes, reversed(steps), strict=True)))
+    return itertools.product(*(_spans(size, step) for size, step in zip(sizes, reversed(steps), strict=True)))
 
 
-def _spans(size: int, step: int) -> Iterator[Span]:
-    return ((first, min(first + step, size)) for first in range(0, size, step))
+def _spans(size: int, step: int) -> list[Span]:
+    return [(first, min(first + step, size)) for first in range(0, size, step)]

@@ -113,9 +113,7 @@ class Call:
 
     def heads_of(self, block: Block, tensor: Tensor) -> Tensor:
         """A tensor ``[*B, H, M, ...]`` cut to a block: a view."""
-        for axis, (first, last) in enumerate(block.spans[:-1]):
-            tensor = tensor.narrow(axis, first, last - first)
-        return tensor
+        return _cut(tensor, block.spans[:-1])
 
     def rows_of(self, block: Block, tensor: Tensor) -> Tensor:
         """Query or out's gradient on a block as ``[lead, groups * rows, D]``."""
@@ -123,8 +121,16 @@ class Call:
 
     def keys_of(self, block: Block, tensor: Tensor) -> Tensor:
         """Key or value ``[*B, Hkv, N, D]`` on a block as ``[lead, keys, D]``; broadcast batches are expanded."""
-        for axis, (first, last) in enumerate((*block.batch, block.kv_heads, block.keys)):
-            if tensor.shape[axis] != 1 or (last - first == 1 and first == 0):
-                tensor = tensor.narrow(axis, first, last - first)
-        sizes = [last - first for first, last in block.batch]
-        return tensor.expand(*sizes, *tensor.shape[-3:]).reshape(block.lead, -1, tensor.shape[-1])
+        batch = tuple(last - first for first, last in block.batch)
+        tensor = _cut(tensor, (*block.batch, block.kv_heads, block.keys))
+        if tensor.shape[: len(batch)] != batch:
+            tensor = tensor.expand(*batch, *tensor.shape[-3:])
+        return tensor.reshape(block.lead, -1, tensor.shape[-1])
+
+
+def _cut(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
+    """The spans of a tensor's first axes; an axis of size 1 broadcasts and stays."""
+    for axis, (first, last) in enumerate(spans):
+        if 1 != tensor.shape[axis] != last - first:
+            tensor = tensor.narrow(axis, first, last - first)
+    return tensor

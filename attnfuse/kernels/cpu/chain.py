@@ -101,12 +101,18 @@ class Chain:
 
     def value(self, program: Expr, scope: Scope) -> Tensor:
         """A program without ``s`` on a block, from the memo where no batch or head changes it."""
-        if not axes_of(program, self.captures) <= {"m", "n"}:
+        if not _shared(program, self.captures):
             return evaluate(program, scope)
         key = program, scope.spans[-1]
         if key not in self.memo:
             self.memo[key] = evaluate(program, scope)
         return self.memo[key]
+
+
+@lru_cache(maxsize=1024)
+def _shared(program: Expr, captures: tuple[Captured, ...]) -> bool:
+    """Whether a program's value is the same for every batch and head."""
+    return axes_of(program, captures) <= {"m", "n"}
 
 
 def select_(value: Tensor, keep: Tensor, fill: Tensor) -> None:
