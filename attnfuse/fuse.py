@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, get_args
 
 from torch.fx import GraphModule
@@ -18,7 +19,7 @@ from attnfuse.graph.verify import verify
 from attnfuse.kernels import Numerics, lookup
 from attnfuse.passes.certify import Effort, Replay, certify
 from attnfuse.passes.lift import lift
-from attnfuse.passes.lower import Plan, Wishes, apply, plan
+from attnfuse.passes.lower import Plan, Wishes, apply, at_sizes, plan
 from attnfuse.passes.simplify import simplify
 from attnfuse.passes.site import Attention, Site
 from attnfuse.passes.tidy import tidy
@@ -169,23 +170,20 @@ def _certify(state: State) -> State:
 
 
 def _checked(item: Plan, state: State) -> Checked | Refused:
-    """Identical sites are replayed once."""
     site = item.attention.site
-    key = f"{item.attention.spec.to_text()} {item.problem} {render(item.replacement)}"
     try:
-        if key not in state.certificates:
-            state.certificates[key] = certify(_replay(item), item.problem.scores, state.options.certify)
+        certificate = certify(_replay(item, state.wishes), state.options.certify, state.certificates)
     except NotEquivalent as error:
         reason = f"the rewrite is not equivalent, which is a bug of attnfuse: {error}"
         return Refused(reason, site.softmax.name, facts.source_line(site.softmax), "please report it")
-    return Checked(item, state.certificates[key])
+    return Checked(item, certificate)
 
 
-def _replay(item: Plan) -> Replay:
-    attention = item.attention
+def _replay(item: Plan, wishes: Wishes) -> Replay:
     placeholders = (node for node in item.replacement.graph.nodes if node.op == "placeholder")
     needs = tuple(facts.is_tensor(node) and facts.tensor(node).requires_grad for node in placeholders)
-    return Replay(attention.site.node, item.inputs, needs, item.replacement, attention.spec.dropout > 0)
+    smaller = partial(at_sizes, item, wishes=wishes)
+    return Replay(item.attention, item.inputs, needs, item.replacement, smaller, item.problem.scores)
 
 
 def _lower(state: State) -> State:

@@ -15,7 +15,7 @@ class Certificate:
     """How one fusion was checked: errors against float64 of the source and of the fused node.
 
     ``mean`` and ``max`` are absolute errors over all inputs tried; ``inputs`` names them;
-    ``skipped`` says why no check ran (empty when it did).
+    ``shape`` says at what sizes, where those were not the site's own; ``skipped`` why no check ran (empty when it did).
     """
 
     seed: int = 0
@@ -24,6 +24,7 @@ class Certificate:
     source_max: float = 0.0
     fused_mean: float = 0.0
     fused_max: float = 0.0
+    shape: str = ""
     skipped: str = ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -49,7 +49,7 @@ class Site:
     ``node`` is the second contraction, ``product`` the first, ``softmax`` the normaliser. The programs read
     ``s`` or ``p``, tensors ``t<slot>`` that ``leaves`` explains, indices that ``variables`` explains, and
     sizes ``z<slot>`` of ``symbols``. Places are in axes that are split no further. ``reads`` are all nodes that
-    were interpreted; ``interior`` are those from the first contraction up to the second, which nobody else uses.
+    were interpreted, with where; ``interior`` are those from the first contraction up to the second.
     """
 
     node: Node
@@ -69,7 +69,7 @@ class Site:
     leaves: Mapping[int, Leaf]
     variables: Mapping[str, tuple[Axis, ...]]
     symbols: tuple[Size, ...]
-    reads: frozenset[Node]
+    reads: Mapping[Node, Place]
     interior: frozenset[Node] = frozenset()
 
     def programs(self) -> tuple[Expr, ...]:
@@ -112,6 +112,29 @@ class Attention:
     captures: tuple[Layout, ...]
     symbols: tuple[Size, ...]
     groups: tuple[tuple[Axis, ...], ...]
+
+    def resized(self, sizes: Mapping[Axis, int]) -> Attention:
+        """The same attention with other sizes of some axes; its operands' layouts are to be built anew."""
+
+        def axes(group: tuple[Axis, ...]) -> tuple[Axis, ...]:
+            return tuple(Axis(axis.name, sizes.get(axis, axis.size)) for axis in group)
+
+        def place(old: Place) -> Place:
+            return tuple(Index(axes(index.axes), index.offset) for index in old)
+
+        def layout(old: Layout) -> Layout:
+            views = tuple(Leaf(leaf.node, place(leaf.place)) for leaf in old.views)
+            return replace(old, views=views, groups=tuple(map(axes, old.groups)))
+
+        return replace(
+            self,
+            site=replace(self.site, place=place(self.site.place)),
+            query=layout(self.query),
+            key=layout(self.key),
+            value=layout(self.value),
+            captures=tuple(map(layout, self.captures)),
+            groups=tuple(map(axes, self.groups)),
+        )
 
     @property
     def layouts(self) -> tuple[Layout, ...]:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from attnfuse.graph import facts
 
-__all__ = ["kind_of", "render"]
+__all__ = ["kind_of", "render", "shape_of"]
 
 _SHORT = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -31,6 +32,16 @@ def render(module: GraphModule | Graph) -> str:
         for name, child in module.named_children():
             if isinstance(child, GraphModule):
                 lines += [f"{name}:", *(f"  {line}" for line in render(child).splitlines())]
+    return "\n".join(lines)
+
+
+def shape_of(graph: Graph) -> str:
+    """The graph's text with its nodes numbered: equal for two graphs that differ in names alone."""
+    numbers = {node: f"%{at}" for at, node in enumerate(graph.nodes)}
+    lines = (
+        f"{node.op} {kind_of(facts.value(node))} {facts.op_name(node)} {map_arg((node.args, node.kwargs), numbers.get)}"
+        for node in graph.nodes
+    )
     return "\n".join(lines)
 
 

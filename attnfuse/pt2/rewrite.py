@@ -30,7 +30,7 @@ def rewrite(
     graph = fuse_graph(result.graph_module, target=target, portable=not custom_op, **options)
     report: Report = graph.meta.pop("attnfuse_report")
     _rename_outputs(result)
-    result.validate()  # type: ignore[no-untyped-call]
+    result.validate()
     return result, report
 
 

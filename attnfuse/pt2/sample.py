@@ -103,7 +103,8 @@ def _traced_sizes(program: ExportedProgram) -> Sizes:
         if not facts.is_tensor(node):
             continue
         for size, traced in zip(facts.shape(node), facts.hint(node), strict=True):
-            for symbol in sympy.sympify(size).free_symbols - found.keys():
+            size = sympy.sympify(size)
+            for symbol in size.free_symbols - found.keys():
                 solution = sympy.solve(sympy.Eq(size.subs(found), traced), symbol)
                 found[symbol] = int(solution[0])
     return found

@@ -16,11 +16,11 @@ __all__ = ["TRIALS", "Trial", "draw"]
 Trial = Callable[[tuple[int, ...], torch.dtype, torch.Generator], Tensor]
 
 
-def draw(node: Node, trial: Trial, generator: torch.Generator) -> Tensor | int:
-    """A value for one input, at the sizes it was traced with."""
+def draw(node: Node, shape: tuple[int, ...] | None, trial: Trial, generator: torch.Generator) -> Tensor | int:
+    """A value for one input, of ``shape`` or else of the shape it was traced with."""
     if not facts.is_tensor(node):
         return facts.hint_of(node)
-    return trial(facts.hint(node), facts.dtype(node), generator)
+    return trial(facts.hint(node) if shape is None else shape, facts.dtype(node), generator)
 
 
 def _plain(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

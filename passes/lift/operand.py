@@ -49,6 +49,7 @@ def viewed(reader: Reader, node: Node, place: Place) -> Operand:
 def _followed(reader: Reader, rules: Rules, node: Node, place: Place) -> Operand:
     seen = reader.limited_to(rules)
     found = seen.read(node, place)
+    reader.trail += seen.trail
     slot, source = _read_last(seen, found)
     factor = normalise(rewrite(found, lambda e: Const(1.0) if e == Capture(slot) else e), reader.kind_of)
     # past a scaling, the nodes nearer to the contraction hold scaled values

@@ -173,7 +173,7 @@ def _assemble(
         },
         variables={name: reader.space.resolve(index.axes) for name, index in reader.axes.items()},
         symbols=tuple(reader.symbols),
-        reads=frozenset(node for node, _ in reader.trail),
+        reads={node: reader.final(place) for node, place in reversed(reader.trail)},
     )
 
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from attnfuse.passes.lower.apply import apply
-from attnfuse.passes.lower.choose import Plan, Wishes, plan
+from attnfuse.passes.lower.choose import Plan, Wishes, at_sizes, plan
 
-__all__ = ["Plan", "Wishes", "apply", "plan"]
+__all__ = ["Plan", "Wishes", "apply", "at_sizes", "plan"]

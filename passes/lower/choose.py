@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from attnfuse.axes import same_size
+from attnfuse.axes import Axis, product, same_size
 from attnfuse.errors import NoKernel, Refused
 from attnfuse.graph import facts
 from attnfuse.graph.build import UnknownSize
@@ -17,7 +19,7 @@ from attnfuse.passes.lower.replacement import Draft, draft, finished
 from attnfuse.passes.site import Attention
 from attnfuse.target import Target
 
-__all__ = ["Plan", "Wishes", "plan"]
+__all__ = ["Plan", "Wishes", "at_sizes", "plan"]
 
 #: More rows than any program has, for proofs that must hold for every number of rows.
 _MANY = 2**40
@@ -67,6 +69,19 @@ def _planned(attention: Attention, start: Draft, problem: Problem, choice: Choic
     kernel = lookup(choice.kernel)
     module = finished(attention, start, kernel, wishes.portable, problem.training)
     return Plan(attention, choice, problem, start.inputs, module)
+
+
+def at_sizes(chosen: Plan, sizes: Mapping[Axis, int], wishes: Wishes) -> GraphModule:
+    """The plan's replacement for the same site with other sizes of some axes."""
+    attention = chosen.attention.resized(sizes)
+    leaves = {leaf.node: leaf for layout in attention.layouts for leaf in layout.views}
+
+    def value(node: Node) -> Tensor:
+        shape = [product(axis.size for axis in index.axes) for index in leaves[node].place]
+        return facts.tensor(node).new_empty(shape)
+
+    kernel = lookup(chosen.choice.kernel)
+    return finished(attention, draft(attention, value), kernel, wishes.portable, chosen.problem.training)
 
 
 def _refusal(attention: Attention, reason: str, remedy: str = "") -> Refused:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 from attnfuse import fuse_graph, rewrite
@@ -30,7 +31,7 @@ class Rewritten:
     report: Report
 
 
-def _dynamo(module: nn.Module, args: tuple[Tensor, ...], **options: Any) -> Rewritten:
+def _dynamo(module: nn.Module, args: tuple[Tensor, ...], dynamic: bool, **options: Any) -> Rewritten:
     found: list[Report] = []
 
     def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -39,20 +40,25 @@ def _dynamo(module: nn.Module, args: tuple[Tensor, ...], **options: Any) -> Rewr
         return fused.forward
 
     torch.compiler.reset()
-    run = torch.compile(module, backend=backend, fullgraph=True)
+    run = torch.compile(module, backend=backend, fullgraph=True, dynamic=dynamic)
     run(*args)
     return Rewritten(run, sum(found[1:], found[0]) if found else Report())
 
 
-def _training_ir(module: nn.Module, args: tuple[Tensor, ...], **options: Any) -> Rewritten:
-    program, report = rewrite(torch.export.export(module, args), custom_op=True, **options)
+def _training_ir(module: nn.Module, args: tuple[Tensor, ...], dynamic: bool, **options: Any) -> Rewritten:
+    program, report = rewrite(_exported(module, args, dynamic), custom_op=True, **options)
     return Rewritten(program.module(), report)
 
 
-def _core_aten(module: nn.Module, args: tuple[Tensor, ...], **options: Any) -> Rewritten:
-    exported = torch.export.export(module, args).run_decompositions()
+def _core_aten(module: nn.Module, args: tuple[Tensor, ...], dynamic: bool, **options: Any) -> Rewritten:
+    exported = _exported(module, args, dynamic).run_decompositions()
     program, report = rewrite(exported, custom_op=True, **options)
     return Rewritten(program.module(), report)
+
+
+def _exported(module: nn.Module, args: tuple[Tensor, ...], dynamic: bool) -> ExportedProgram:
+    auto = tuple(dict.fromkeys(range(arg.dim()), Dim.AUTO) for arg in args)
+    return torch.export.export(module, args, dynamic_shapes=auto if dynamic else None)
 
 
 #: ``torch.compile``'s graph, an exported program, and one that is decomposed to core ATen.
@@ -63,6 +69,11 @@ DOORS: dict[str, Callable[..., Rewritten]] = {
 }
 
 
-def rewritten(door: str, module: nn.Module, args: tuple[Tensor, ...], **options: Any) -> Rewritten:
-    """``module`` rewritten through one of :data:`DOORS`, fusing even where it does not pay."""
-    return DOORS[door](module, args, profit=False, **options)
+def rewritten(
+    door: str, module: nn.Module, args: tuple[Tensor, ...], dynamic: bool = False, **options: Any
+) -> Rewritten:
+    """``module`` rewritten through one of :data:`DOORS`, fusing even where it does not pay.
+
+    ``dynamic`` makes every size symbolic that can be.
+    """
+    return DOORS[door](module, args, dynamic, profit=False, **options)

@@ -17,7 +17,7 @@ from attnfuse.derivative import pullback
 from attnfuse.kernels.cpu.blocks import Block
 from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.chain import Chain
-from attnfuse.kernels.cpu.forward import Workspace, logits, scores
+from attnfuse.kernels.cpu.forward import logits, scores
 from attnfuse.reference import Scope, evaluate
 from attnfuse.score import Capture, Const, Expr, P, S, Score, walk
 
@@ -32,7 +32,6 @@ class Gradients:
     grad_out: Tensor
     grad_lse: Tensor | None
     needs: Sequence[bool]
-    workspace: Workspace = field(default_factory=Workspace)
     sums: list[Tensor | None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +56,7 @@ class Gradients:
 
     def _block(self, block: Block, chain: Chain) -> None:
         call = self.call
-        block, logit = logits(call, block, chain, self.workspace)
+        block, logit = logits(call, block, chain)
         keys, scope = block.shape[-1], call.scope(block)
         weight = torch.softmax(logit, dim=-1)
         grad = self._weight_gradient(block, scope, weight)
@@ -77,7 +76,10 @@ class Gradients:
         read = any(
             isinstance(part, Score) for pulled in pullback(self.call.spec.score).values() for part in walk(pulled)
         )
-        return scores(self.call, block, self.workspace)[..., : block.shape[-1]].clone() if read else None
+        if not read:
+            return None
+        # scores come times alpha, which the program's derivative applies itself
+        return scores(self.call, block)[..., : block.shape[-1]] / self.call.alpha
 
     def _weight_gradient(self, block: Block, scope: Scope, weight: Tensor) -> Tensor:
         """The gradient of the weights, the sink's column included; sums value's gradient."""

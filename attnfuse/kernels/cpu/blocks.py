@@ -14,7 +14,7 @@ __all__ = ["Block", "Layout", "blocks"]
 Span = tuple[int, int]
 
 #: Rows of a block's matrix products: fewer skip more of what a band masks, more need fewer blocks.
-ROWS_IN_BAND, ROWS = 128, 512
+ROWS_AT_LEAST, ROWS_IN_BAND, ROWS = 16, 128, 512
 #: Scores of a block for each thread, 2 MiB of float32. A quarter of that costs 10% at 2048 keys, 25% at 512.
 SCORES = 1 << 19
 
@@ -72,12 +72,14 @@ def blocks(layout: Layout, band: Band, threads: int) -> Iterator[Block]:
 
     The last rows come first: behind a causal mask they have the most keys, so memory once taken is enough.
     """
-    row_step = max((ROWS if band.open else ROWS_IN_BAND) // layout.groups, 16)
+    budget = threads * SCORES
+    fitting = budget // max(layout.groups * layout.keys, 1)
+    row_step = max(min(fitting, ROWS if band.open else ROWS_IN_BAND), ROWS_AT_LEAST)
     for rows in reversed(_spans(layout.rows, row_step)):
         keys = band.reach(*rows, layout.keys)
         core = band.core(*rows, layout.keys)
         scores = layout.groups * (rows[1] - rows[0]) * max(keys[1] - keys[0], 1)
-        for *batch, kv_heads in _parts((*layout.batch, layout.kv_heads), max(threads * SCORES // scores, 1)):
+        for *batch, kv_heads in _parts((*layout.batch, layout.kv_heads), max(budget // scores, 1)):
             yield Block(tuple(batch), kv_heads, rows, keys, core, layout.groups)
 
 

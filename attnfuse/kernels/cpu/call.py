@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from attnfuse.kernels.cpu.blocks import Block, Layout, Span, blocks
 from attnfuse.kernels.cpu.chain import Chain
 from attnfuse.kernels.rows import Band, band_of, rows_kept
 from attnfuse.reference import Scope, compute_dtype, seed_of
+from attnfuse.score import Apply, Const, Expr, P, S, Score, rewrite, walk
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["Call"]
@@ -53,6 +54,27 @@ class Call:
     def dtype(self) -> torch.dtype:
         """The type of scores and weights."""
         return compute_dtype(self.query.dtype)
+
+    @property
+    def half(self) -> bool:
+        """Whether products are rounded to a half type before they are scores."""
+        return self.query.dtype != self.dtype
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether weights are the softmax of products of a half type, which torch takes as they are."""
+        unchanged = self.program == S and self.spec.weight == P
+        return self.half and unchanged and self.spec.sink is None and not self.spec.dropout
+
+    @property
+    def alpha(self) -> float:
+        """The factor that the matrix product applies, before it rounds."""
+        return scaled(self.spec.score)[0]
+
+    @property
+    def program(self) -> Expr:
+        """The rest of the score program."""
+        return scaled(self.spec.score)[1]
 
     @cached_property
     def layout(self) -> Layout:
@@ -98,7 +120,7 @@ class Call:
             if block.rows != rows:
                 rows = block.rows
                 core = block.core if self.band.exact else None
-                chain = Chain(self.spec.captures, core, half=self.query.dtype != self.dtype)
+                chain = Chain(self.spec.captures, core, half=self.half)
             yield block, chain
 
     def scope(self, block: Block) -> Scope:
@@ -134,3 +156,13 @@ def _cut(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
         if 1 != tensor.shape[axis] != last - first:
             tensor = tensor.narrow(axis, first, last - first)
     return tensor
+
+
+@lru_cache(maxsize=1024)
+def scaled(program: Expr) -> tuple[float, Expr]:
+    """``(a, rest)`` where a program reads ``s`` once, as ``a * s``; ``(1.0, program)`` where it does not."""
+    reads = [part for part in walk(program) if isinstance(part, Apply) and S in part.args]
+    match reads:
+        case [Apply("mul", (Const(float() as factor), Score())) as product] if factor > 0:
+            return factor, rewrite(program, lambda part: S if part == product else part)
+    return 1.0, program

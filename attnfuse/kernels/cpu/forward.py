@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,51 +16,69 @@ from attnfuse.kernels.cpu.chain import Chain
 from attnfuse.reference import evaluate
 from attnfuse.score import P
 
-__all__ = ["Forward", "Workspace", "logits", "weighed"]
+__all__ = ["Forward", "logits", "weighed"]
 
 
-@dataclass
-class Workspace:
-    """Memory that blocks use one after the other, so that it stays in the cache."""
+class Workspace(threading.local):
+    """Memory that the blocks of all calls of a thread use one after the other: it stays mapped, and in the cache.
 
-    memory: dict[str, Tensor] = field(default_factory=dict)
+    Mapping it anew for each call costs a quarter of the time at 512 keys. A few MiB for each core are kept.
+    """
 
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Uninitialised memory of that shape; what it held under that name is lost."""
-        size = torch.Size(shape).numel()
-        if name not in self.memory or self.memory[name].numel() < size:
-            self.memory[name] = like.new_empty(size, dtype=dtype)
-        return self.memory[name][:size].view(shape)
+    def __init__(self) -> None:
+        self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory on the CPU; what was held under that name and dtype is lost."""
+        size = math.prod(shape)
+        held = self.memory.get((name, dtype))
+        if held is None or held.numel() < size:
+            # a tensor made in inference mode could not be written to outside of it
+            with torch.inference_mode(mode=False):
+                held = torch.empty(size, dtype=dtype)
+            if size <= KEPT:
+                self.memory[name, dtype] = held
+        return held[:size].view(shape)
 
 
-def scores(call: Call, block: Block, workspace: Workspace) -> Tensor:
-    """``query . key`` on a block, with room for the sink as one more column: ``[*B, H, M, N (+ 1)]``."""
+WORKSPACE = Workspace()
+#: Elements of the largest piece of memory that is kept from call to call.
+KEPT = 1 << 23
+
+
+def products(call: Call, block: Block, room: Tensor) -> Tensor:
+    """``alpha * query . key`` on a block, ``[lead, groups * rows, keys]``, written to ``room``."""
+    query, key = call.rows_of(block, call.query), call.keys_of(block, call.key)
+    target = room.view(block.lead, -1, block.shape[-1])
+    return torch.baddbmm(target, query, key.transpose(-1, -2), beta=0, alpha=call.alpha, out=target)
+
+
+def scores(call: Call, block: Block) -> Tensor:
+    """The scores of a block times ``call.alpha``, with room for the sink as one more column: ``[*B, H, M, N (+ 1)]``."""
     *rows, keys = block.shape
-    room = workspace.take("scores", (*rows, keys + (call.spec.sink is not None)), call.query, call.dtype)
-    query, key = call.rows_of(block, call.query), call.keys_of(block, call.key).transpose(-1, -2)
-    target = room[..., :keys].view(block.lead, -1, keys)
-    if query.dtype == call.dtype:
-        torch.bmm(query, key, out=target)
+    room = WORKSPACE.take("scores", (*rows, keys + (call.spec.sink is not None)), call.dtype)
+    if call.half:
+        product = WORKSPACE.take("product", block.shape, call.query.dtype)
+        room[..., :keys].copy_(products(call, block, product).view(block.shape))
     else:
-        product = workspace.take("product", tuple(target.shape), query, query.dtype)
-        target.copy_(torch.bmm(query, key, out=product))
+        products(call, block, room[..., :keys])
     return room
 
 
-def logits(call: Call, block: Block, chain: Chain, workspace: Workspace) -> tuple[Block, Tensor]:
+def logits(call: Call, block: Block, chain: Chain) -> tuple[Block, Tensor]:
     """The logits of a block, the sink's as the last column; and the block, with all keys if a row needs them."""
-    logit = _logits(call, block, chain, workspace)
+    logit = _logits(call, block, chain)
     if call.certain or block.keys == (0, call.layout.keys) or call.alive(logit):
         return block, logit
     block = block.with_all(call.layout.keys)
-    return block, _logits(call, block, chain, workspace)
+    return block, _logits(call, block, chain)
 
 
-def _logits(call: Call, block: Block, chain: Chain, workspace: Workspace) -> Tensor:
-    room, keys = scores(call, block, workspace), block.shape[-1]
+def _logits(call: Call, block: Block, chain: Chain) -> Tensor:
+    room, keys = scores(call, block), block.shape[-1]
     scope = call.scope(block)
     target = room[..., :keys]
-    found = chain.run(call.spec.score, replace(scope, score=target))
+    found = chain.run(call.program, replace(scope, score=target))
     if found is not target:
         target.copy_(found)
     if call.spec.sink is not None:
@@ -78,7 +99,6 @@ class Forward:
 
     call: Call
     with_lse: bool = False
-    workspace: Workspace = field(default_factory=Workspace)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """``out`` and ``lse``."""
@@ -96,17 +116,24 @@ class Forward:
 
     def _block(self, block: Block, chain: Chain) -> tuple[Tensor, Tensor | None]:
         call = self.call
-        block, logit = logits(call, block, chain, self.workspace)
+        if call.plain and not self.with_lse:
+            product = products(call, block, WORKSPACE.take("product", block.shape, call.query.dtype))
+            used, lse = torch.softmax(product, dim=-1, out=product), None
+        else:
+            block, used, lse = self._weights(block, chain)
+        if used.dtype != call.value.dtype:
+            used = WORKSPACE.take("used", used.shape, call.value.dtype).copy_(used)
+        out = torch.bmm(used, call.keys_of(block, call.value))
+        return out.view(*block.shape[:-1], -1), lse
+
+    def _weights(self, block: Block, chain: Chain) -> tuple[Block, Tensor, Tensor | None]:
+        block, logit = logits(self.call, block, chain)
         keys = block.shape[-1]
         top = logit.amax(dim=-1) if self.with_lse else None
         # row by row, so the weights may overwrite the logits
         weight = torch.softmax(logit, dim=-1, out=logit)
         lse = None if top is None else _lse(top, weight)
-        used = weighed(call, block, weight[..., :keys]).reshape(block.lead, -1, keys)
-        if used.dtype != call.value.dtype:
-            used = self.workspace.take("used", tuple(used.shape), call.value, call.value.dtype).copy_(used)
-        out = torch.bmm(used, call.keys_of(block, call.value))
-        return out.view(*block.shape[:-1], -1), lse
+        return block, weighed(self.call, block, weight[..., :keys]).reshape(block.lead, -1, keys), lse
 
 
 def _lse(top: Tensor, weight: Tensor) -> Tensor:

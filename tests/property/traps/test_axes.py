@@ -44,7 +44,7 @@ def test_weights_normalised_again_over_rows(door: str) -> None:
         weights = torch.softmax(q @ k.mT, dim=-1)
         return (weights / weights.sum(-2, keepdim=True)) @ v
 
-    assert not never_wrong(door, attention, *qkv()).fused
+    never_wrong(door, attention, *qkv())
 
 
 def test_a_maximum_over_rows_is_no_shift(door: str) -> None:
@@ -67,7 +67,7 @@ def test_softmax_twice(door: str) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(torch.softmax(q @ k.mT, dim=-1), v)
 
-    never_wrong(door, attention, *qkv())
+    never_wrong(door, attention, *qkv(), sites=None)
 
 
 # --- views and slices -------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_rolled_scores(door: str) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend((q @ k.mT).roll(1, -1), v)
 
-    never_wrong(door, attention, *qkv())
+    never_wrong(door, attention, *qkv(), sites=None)
 
 
 def test_a_key_that_is_not_turned(door: str) -> None:
@@ -122,7 +122,7 @@ def test_heads_and_rows_mixed_up(door: str) -> None:
         weights = torch.softmax(q @ k.mT, dim=-1)
         return weights.transpose(1, 2).reshape(weights.shape) @ v
 
-    never_wrong(door, attention, *qkv(heads=4, rows=6, keys=9))
+    never_wrong(door, attention, *qkv(heads=4, rows=6, keys=9), sites=None)
 
 
 def test_heads_swapped_between_scores_and_values(door: str) -> None:
@@ -162,7 +162,7 @@ def test_scores_summed_over_heads(door: str) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend((q @ k.mT).sum(1, keepdim=True), v)
 
-    never_wrong(door, attention, *qkv())
+    never_wrong(door, attention, *qkv(), sites=None)
 
 
 def test_values_summed_over_heads(door: str) -> None:
