@@ -9,11 +9,13 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
+from torch.export import ExportedProgram
 
 from attnfuse import demo as demonstration
 from attnfuse import pt2
@@ -46,6 +48,8 @@ app = typer.Typer(help=_HELP, rich_markup_mode=None, add_completion=False, no_ar
 
 Source = Annotated[Path, typer.Argument(metavar="IN", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust-input", help="Load IN even if that runs code which it brings along.")]
+Import = Annotated[list[str] | None, typer.Option("--import", metavar="MODULE", show_default=False,
+                                                  help="A library whose types or operators IN uses.")]  # fmt: skip
 Aim = Annotated[str | None, typer.Option("--target", metavar="T", show_default="this machine",
                                          help="cpu, cuda:sm90, rocm:gfx942, xpu:pvc...")]  # fmt: skip
 
@@ -119,6 +123,7 @@ def rewrite(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not run IN and OUT against each other.")] = False,
     report_path: Annotated[Path | None, typer.Option("--report", metavar="F", help="Also write a JSON report.")] = None,
     print_after: Annotated[str | None, typer.Option(metavar="STAGE", help="Print the graph after this stage.")] = None,
+    modules: Import = None,
     trust_input: Trust = False,
 ) -> None:
     """Fuse the attention in IN, a .pt2, and write the result to OUT.
@@ -130,8 +135,7 @@ def rewrite(
     if kernel is not None:
         lookup(kernel)
     _check_places(source, output, report_path)
-    with stage(f"reading {source}"):
-        program = pt2.load(source, trust_input=trust_input)
+    program = _read(source, modules, trust_input=trust_input)
     with stage("fusing"):
         result, report = pt2.rewrite(
             program,
@@ -161,12 +165,12 @@ def explain(
     source: Source,
     target: Aim = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    modules: Import = None,
     trust_input: Trust = False,
 ) -> None:
     """Say of each attention in IN, a .pt2, whether it would be fused, and if not, why and where."""
     aim = _target_of(target)
-    with stage(f"reading {source}"):
-        program = pt2.load(source, trust_input=trust_input)
+    program = _read(source, modules, trust_input=trust_input)
     with stage("looking for attention"):
         _, report = pt2.rewrite(program, target=aim)
     if as_json:
@@ -183,6 +187,7 @@ def list_kernels(
     sizes: Annotated[str, typer.Option(metavar="B,H,Hkv,M,N,D", help="For a SPEC that is no .pt2.")] = DEFAULT_SIZES,
     dtype: Annotated[Dtype, typer.Option(help="For a SPEC that is no .pt2.")] = "float32",
     target: Aim = None,
+    modules: Import = None,
     trust_input: Trust = False,
 ) -> None:
     """List the kernels; with --for, each one's estimated time for SPEC, or why it cannot compute it.
@@ -195,7 +200,7 @@ def list_kernels(
         show_rows(("kernel", "devices", ""), [(n, ", ".join(e.devices), doc[n]) for n, e in kernels().items()])
         return
     if what.endswith(".pt2") or Path(what).is_file():
-        problems = problems_in(pt2.load(Path(what), trust_input=trust_input), aim)
+        problems = problems_in(_read(Path(what), modules, trust_input=trust_input), aim)
     else:
         problems = iter([("", problem_of(what, Sizes.parse(sizes), getattr(torch, dtype)))])
     for site, problem in problems:
@@ -207,6 +212,20 @@ def list_kernels(
 def demo() -> None:
     """Export a small decoder, fuse its attention, verify it and time both, here and now."""
     demonstration.run()
+
+
+def _read(source: Path, modules: list[str] | None, *, trust_input: bool) -> ExportedProgram:
+    for module in modules or ():
+        _import(module)
+    with stage(f"reading {source}"):
+        return pt2.load(source, trust_input=trust_input)
+
+
+def _import(module: str) -> None:
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise BadInput(f"cannot import {module}: {error}") from error
 
 
 def _target_of(source: str | None) -> Target:

@@ -49,7 +49,8 @@ class Site:
     ``node`` is the second contraction, ``product`` the first, ``softmax`` the normaliser. The programs read
     ``s`` or ``p``, tensors ``t<slot>`` that ``leaves`` explains, indices that ``variables`` explains, and
     sizes ``z<slot>`` of ``symbols``. Places are in axes that are split no further. ``reads`` are all nodes that
-    were interpreted, with where; ``interior`` are those from the first contraction up to the second.
+    were interpreted, with where, and ``consumers`` the first node that reads each; ``interior`` are those from
+    the first contraction up to the second.
     """
 
     node: Node
@@ -70,6 +71,7 @@ class Site:
     variables: Mapping[str, tuple[Axis, ...]]
     symbols: tuple[Size, ...]
     reads: Mapping[Node, Place]
+    consumers: Mapping[Node, Node]
     interior: frozenset[Node] = frozenset()
 
     def programs(self) -> tuple[Expr, ...]:

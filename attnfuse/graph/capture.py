@@ -105,7 +105,8 @@ class _Mirror(Interpreter):
     def _known_number(self, n: Node, number: torch.SymFloat | torch.SymInt) -> Any:
         """``tensor.item()`` as the symbol that Dynamo gave it; running it would make a second one without a value."""
         mode = get_innermost_proxy_mode()
-        source = self.env[n.args[0]]
+        (origin,) = n.all_input_nodes
+        source = self.env[origin]
         if mode is None or (traced := _node_of(source)) is None:
             return number
         proxy = mode.tracer.create_proxy("call_function", torch.ops.aten.item.default, (mode.tracer.proxy(traced),), {})

@@ -60,6 +60,10 @@ class Order:
         """Whether ``a`` runs before ``b``."""
         return self.position[a] < self.position[b]
 
+    def is_written_between(self, node: Node, reader: Node) -> bool:
+        """Whether a node's storage is written after it was made and before ``reader`` runs."""
+        return any(storage(w.target) is storage(node) for w in self.writes_between(node, reader))
+
     def writes_between(self, first: Node, last: Node) -> Iterator[Write]:
         """Writes that happen after ``first`` was computed and before ``last`` is."""
         return (w for w in self.writes if self.before(first, w.node) and self.before(w.node, last))

@@ -20,6 +20,7 @@ from attnfuse.pt2.trust import only_tensors, threat
 __all__ = ["load", "save"]
 
 _REMEDY = "; pass --trust-input if you know who made it"
+_UNKNOWN_REMEDY = "; pass --import with the library that defines it"
 #: The loggers on the way of ``torch.export.load``; a filter acts on one logger, not on those below it.
 _TORCH_LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
 
@@ -101,7 +102,8 @@ def _load(path: Path, heard: list[BaseException]) -> ExportedProgram:
         raise BadInput(f"{path} would run code when loaded: {_pickled(error)}{_REMEDY}") from error
     except Exception as error:  # torch raises anything at a malformed program, TypeError included
         reason = _root(heard[0] if heard else error)
-        raise BadInput(f"{path} cannot be loaded by torch {torch.__version__}: {reason}") from error
+        remedy = _UNKNOWN_REMEDY if re.search(r"not registered|failed to resolve", reason) else ""
+        raise BadInput(f"{path} cannot be loaded by torch {torch.__version__}: {reason}{remedy}") from error
 
 
 def _pickled(error: pickle.UnpicklingError) -> str:
@@ -114,7 +116,7 @@ def _root(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     sentence = re.split(r"\.?\s*\n|\. ", str(error).strip(), maxsplit=1)[0]
-    return f"{type(error).__name__}: {sentence[:160]}"
+    return f"{type(error).__name__}: {sentence[:160].rstrip('.')}"
 
 
 @contextmanager

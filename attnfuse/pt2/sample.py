@@ -102,8 +102,7 @@ def _traced_sizes(program: ExportedProgram) -> Sizes:
     for node in _user_inputs(program):
         if not facts.is_tensor(node):
             continue
-        for size, traced in zip(facts.shape(node), facts.hint(node), strict=True):
-            size = sympy.sympify(size)
+        for size, traced in zip(map(sympy.sympify, facts.shape(node)), facts.hint(node), strict=True):
             for symbol in size.free_symbols - found.keys():
                 solution = sympy.solve(sympy.Eq(size.subs(found), traced), symbol)
                 found[symbol] = int(solution[0])

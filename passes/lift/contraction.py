@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from string import ascii_letters
 from typing import Any
 
 from torch.fx import Node
@@ -66,10 +67,10 @@ def _linear(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
 
 
 def _einsum(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
-    equation, tensors = args["equation"].replace(" ", ""), args["tensors"]
-    terms, arrow, result = equation.partition("->")
+    tensors = args["tensors"]
+    terms, arrow, result = _without_ellipsis(args["equation"].replace(" ", ""), tensors).partition("->")
     letters = terms.split(",")
-    if not arrow or "." in equation or len(tensors) != 2:
+    if not arrow or len(tensors) != 2:
         raise Unreadable("an einsum that is not an explicit product of two tensors")
     at = dict(zip(result, place, strict=True))
     for tensor, names in zip(tensors, letters, strict=True):
@@ -84,6 +85,17 @@ def _einsum(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
         for tensor, names in zip(tensors, letters, strict=True)
     )
     return reader.atom(Dot(node, place, tensors[0], left, tensors[1], right, summed))
+
+
+def _without_ellipsis(equation: str, tensors: Sequence[Node]) -> str:
+    """``...`` spelled with letters of its own, aligned right as it broadcasts."""
+    terms = equation.partition("->")[0].split(",")
+    spans = [facts.rank(t) - len(term) + 3 for t, term in zip(tensors, terms, strict=True) if "..." in term]
+    fresh = [letter for letter in ascii_letters if letter not in equation][: max(spans, default=0)]
+    for term, tensor in zip(terms, tensors, strict=True):
+        span = facts.rank(tensor) - len(term) + 3
+        equation = equation.replace(term, term.replace("...", "".join(fresh[len(fresh) - span :])), 1)
+    return equation.replace("...", "".join(fresh))
 
 
 #: Sums of products, by ATen name.

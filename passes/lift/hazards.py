@@ -29,8 +29,6 @@ def without_hazards(site: Site, order: Order) -> Site:
     for write in order.writes_between(site.product, site.node):
         if write.target in inside:
             _refuse_shared_write(write, inside, order)
-    for node in site.reads if order.writes else ():
-        _refuse_stale(node, site, order)
     return replace(site, interior=frozenset(inside))
 
 
@@ -58,20 +56,12 @@ def _escape(site: Site, node: Node, user: Node, order: Order) -> Refused:
 
 
 def _refuse_overwritten(leaf: Node, site: Site, order: Order) -> None:
-    """Operands are read where the fused node stands, which may be later than where the source read them."""
+    """The fused node reads an operand where it stands itself, which may be later than where the source read it."""
+    read = site.consumers.get(leaf, leaf)
     for write in order.writes_between(leaf, site.node):
-        if storage(write.target) is storage(leaf) and write.node is not leaf:
+        if storage(write.target) is storage(leaf) and not order.before(write.node, read):
             reason = f"{leaf.name} is overwritten before the product with the values"
             raise Refused(reason, write.node.name, facts.source_line(write.node), "write into a copy")
-
-
-def _refuse_stale(node: Node, site: Site, order: Order) -> None:
-    """What was read by an older name must not have been written under a newer one in between."""
-    for write in order.writes_between(node, site.node):
-        late = any(order.before(write.node, user) for user in node.users if user in site.reads)
-        if late and storage(write.target) is storage(node):
-            reason = f"{node.name} is written in place and then read by its older name"
-            raise Refused(reason, write.node.name, facts.source_line(write.node), "use the out-of-place operation")
 
 
 def _refuse_shared_write(write: Write, inside: set[Node], order: Order) -> None:

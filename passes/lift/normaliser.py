@@ -14,7 +14,7 @@ from attnfuse.passes.lift.atoms import Place, RowMax, Softmax
 from attnfuse.passes.lift.pointwise import cast
 from attnfuse.passes.lift.reader import Reader, Rule
 from attnfuse.passes.lift.view import VIEWS
-from attnfuse.score import Capture, Expr, apply, walk
+from attnfuse.score import Apply, Capture, Const, Expr, apply, rewrite, walk
 
 __all__ = ["NORMALISERS", "SOFTMAX_NAMES"]
 
@@ -53,20 +53,20 @@ def _beyond(key: Index, size: Size) -> range:
 def _shifted_by_max(reader: Reader, source: Node, dim: int, place: Place, node: Node) -> Expr:
     """The logit, without a subtracted row maximum: softmax does not change under a shift of its row.
 
-    Only the maximum of the logits themselves is dropped. It is finite wherever any result is, and
-    where it is not, the shifted row and the unshifted one are NaN alike.
+    Only a multiple of the logits' own maximum is dropped, as in ``x - max(x)`` or ``c * (x / c - max(x / c))``.
+    It is finite wherever any result is, and where it is not, the shifted row and the unshifted one are NaN alike.
     """
     logit = cast(reader, reader.read(source, place), facts.dtype(source), facts.dtype(node))
     row = (*place[:dim], Index(), *place[dim + 1 :])
     for part in walk(logit):
         match part:
-            case Capture(slot):
+            case Apply("mul", (Const(factor), Capture(slot))) if factor < 0:
                 atom = reader.atoms[slot]
-                if isinstance(atom, RowMax) and (atom.dim, atom.place) == (dim, row):
-                    x = reader.read(atom.operand, place)
-                    shifted = apply("sub", x, part)
-                    if normalise(shifted, reader.kind_of) == normalise(logit, reader.kind_of):
-                        return x
+                if isinstance(atom, RowMax) and (atom.dim, reader.final(atom.place)) == (dim, reader.final(row)):
+                    own = apply("mul", Const(-factor), reader.read(atom.operand, place))
+                    plain = rewrite(logit, lambda e, part=part: Const(0.0) if e == part else e)
+                    if normalise(own, reader.kind_of) == normalise(plain, reader.kind_of):
+                        return own
     return logit
 
 

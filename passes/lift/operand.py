@@ -36,18 +36,17 @@ def _scaling(op: str) -> Rule:
 _FACTORED: Rules = {**VIEWS, "mul": _scaling("mul"), "div": _scaling("div")}
 
 
-def factored(reader: Reader, node: Node, place: Place) -> Operand:
-    """Query or key. The factor may be moved out of the contraction, which is linear in it."""
-    return _followed(reader, _FACTORED, node, place)
+def factored(reader: Reader, node: Node, place: Place, product: Node) -> Operand:
+    """Query or key of ``product``. The factor may be moved out of the contraction, which is linear in it."""
+    return _followed(reader.limited_to(_FACTORED, product), reader, node, place)
 
 
-def viewed(reader: Reader, node: Node, place: Place) -> Operand:
-    """Value."""
-    return _followed(reader, VIEWS, node, place)
+def viewed(reader: Reader, node: Node, place: Place, product: Node) -> Operand:
+    """Value of ``product``."""
+    return _followed(reader.limited_to(VIEWS, product), reader, node, place)
 
 
-def _followed(reader: Reader, rules: Rules, node: Node, place: Place) -> Operand:
-    seen = reader.limited_to(rules)
+def _followed(seen: Reader, reader: Reader, node: Node, place: Place) -> Operand:
     found = seen.read(node, place)
     reader.trail += seen.trail
     slot, source = _read_last(seen, found)

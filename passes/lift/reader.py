@@ -21,6 +21,7 @@ from torch.fx import Node
 from attnfuse.algebra import Kind, kind, normalise
 from attnfuse.axes import Index, Size, Space, Unreadable
 from attnfuse.graph import facts
+from attnfuse.graph.order import Order
 from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, RowMax, Softmax
 from attnfuse.score import Apply, Capture, Const, Expr, Symbol, apply, walk
 from attnfuse.score import Index as Variable
@@ -39,42 +40,56 @@ _MAX_SIZE = 300
 class Reader:
     """Reads one site. All expressions it returns share its axes, atoms and symbols."""
 
-    def __init__(self, rules: Rules, is_given: Callable[[Node], bool] = lambda node: True) -> None:
+    def __init__(self, rules: Rules, order: Order, is_given: Callable[[Node], bool] = lambda node: True) -> None:
         """``is_given`` says which nodes' values a fused node could be handed; only those can be leaves."""
         self.space = Space()
         self.atoms: list[Atom] = []
         self.symbols: list[Size] = []
         #: Which axis an index variable of an expression runs over.
         self.axes: dict[str, Index] = {}
-        self._rules = rules
-        self._is_given = is_given
+        self._rules, self._order, self._is_given = rules, order, is_given
         self._slots: dict[Atom, int] = {}
-        self._memo: dict[tuple[Node, Place], Expr] = {}
+        self._memo: dict[tuple[Node, Place, bool], Expr] = {}
         self._depth = 0
+        self._consumer: Node | None = None
         #: Nodes in the order they were read.
         self.trail: list[tuple[Node, Place]] = []
+        #: The first node that each was read by.
+        self.consumer: dict[Node, Node] = {}
         #: Why a node that has a rule was left unread.
         self.unread: dict[Node, str] = {}
 
-    def limited_to(self, rules: Rules) -> Reader:
-        """A reader with fewer rules that shares everything found so far."""
+    def limited_to(self, rules: Rules, consumer: Node) -> Reader:
+        """A reader with fewer rules that shares everything found so far; it reads what ``consumer`` reads."""
         other = copy(self)
-        other._rules, other._memo, other.trail = rules, {}, []
+        other._rules, other._memo, other.trail, other._consumer = rules, {}, [], consumer
         return other
 
     def read(self, node: Node, place: Place) -> Expr:
-        """The value of a tensor node at ``place``, one index for each dimension."""
+        """The value of a tensor node at ``place``, one index for each dimension.
+
+        It is read as of the node whose rule asks for it. Where somebody wrote into it since it was made, what
+        made it no longer says what it holds: it is a leaf.
+        """
         place = self.final(place)
-        if (node, place) not in self._memo:
-            self._memo[node, place] = self._interpret(node, place)
-        return self._memo[node, place]
+        changed = self._consumer is not None and self._order.is_written_between(node, self._consumer)
+        self._note_consumer(node)
+        if (node, place, changed) not in self._memo:
+            self.trail.append((node, place))
+            self._memo[node, place, changed] = self.leaf(node, place) if changed else self._interpret(node, place)
+        return self._memo[node, place, changed]
+
+    def _note_consumer(self, node: Node) -> None:
+        reader, known = self._consumer, self.consumer.get(node)
+        if reader is not None and (known is None or self._order.before(reader, known)):
+            self.consumer[node] = reader
 
     def _interpret(self, node: Node, place: Place) -> Expr:
-        self.trail.append((node, place))
         name = facts.op_name(node)
         rule = self._rules.get(name) or self._rules.get(name.rstrip("_"))
         if rule is None or self._depth > _MAX_DEPTH:
             return self.leaf(node, place)
+        before, self._consumer = self._consumer, node
         self._depth += 1
         try:
             found = normalise(rule(self, node, facts.arguments(node), place), self.kind_of)
@@ -83,6 +98,7 @@ class Reader:
             return self.leaf(node, place)
         finally:
             self._depth -= 1
+            self._consumer = before
         return found if self._is_usable(found) else self.leaf(node, place)
 
     def _is_usable(self, expr: Expr) -> bool:

@@ -46,7 +46,7 @@ def lift(graph: Graph, is_given: Callable[[Node], bool] = lambda node: True) -> 
             continue
         for side in node.all_input_nodes:
             if (softmax := weighted.get(side)) is not None and scored.get(softmax.all_input_nodes[0]) is not None:
-                found += _attempt(node, softmax, order, Reader(_RULES, is_given))
+                found += _attempt(node, softmax, order, Reader(_RULES, order, is_given))
                 break
     return found
 
@@ -110,7 +110,8 @@ def _top_product(reader: Reader, node: Node, place: Place) -> Dot:
             atom = reader.atoms[slot]
             if isinstance(atom, Dot):
                 return atom
-    raise Unreadable("the product with the values is scaled or added to in the same operation")
+    reason = reader.unread.get(node, "it is scaled or added to in the same operation")
+    raise Unreadable(f"the product with the values cannot be read: {reason}")
 
 
 def _softmax_over(reader: Reader, weights: Expr, outer: Dot) -> Softmax | None:
@@ -144,8 +145,8 @@ def _assemble(
     inner = _score_product(reader, softmax, value_place)
     if inner is None:
         return None
-    query, key = (factored(reader, *side) for side in _query_and_key(reader, inner, softmax))
-    value = viewed(reader, values, value_place)
+    query, key = (factored(reader, *side, inner.node) for side in _query_and_key(reader, inner, softmax))
+    value = viewed(reader, values, value_place, outer.node)
     dropout, weight = _weight_program(reader, weights, softmax)
     dot = apply("mul", apply("mul", query.factor, key.factor), S)
     slot = reader.atom(inner)
@@ -173,6 +174,7 @@ def _assemble(
         },
         variables={name: reader.space.resolve(index.axes) for name, index in reader.axes.items()},
         symbols=tuple(reader.symbols),
+        consumers=dict(reader.consumer),
         reads={node: reader.final(place) for node, place in reversed(reader.trail)},
     )
 

@@ -112,6 +112,38 @@ def test_kernels(command: Command, archive: Path) -> None:
     assert "scale 0.5, causal" in command("kernels", "--for", archive).out
 
 
+def test_types_of_a_library(command: Command, out: Path, tmp_path: Path) -> None:
+    """In processes of their own, because a type that is registered once stays so."""
+    (tmp_path / "library.py").write_text(LIBRARY)
+    make = f"import torch, library; torch.export.save(library.program, {str(tmp_path / 'in.pt2')!r})"
+    subprocess.run([sys.executable, "-c", make], cwd=tmp_path, check=True, capture_output=True)
+    refused = process("rewrite", tmp_path / "in.pt2", "-o", out)
+    assert refused.returncode == 3
+    assert "Pair in pytree is not registered; pass --import with the library that defines it" in refused.stderr
+    assert_untouched(out)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), *sys.path))}
+    assert process("rewrite", tmp_path / "in.pt2", "-o", out, "--import", "library", env=environment).returncode == 0
+    assert_refused(command("explain", out, "--import", "nobody_wrote_this"), 3, "cannot import nobody_wrote_this")
+
+
+LIBRARY = """
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class Pair:
+    first: torch.Tensor
+    second: torch.Tensor
+
+class Pairing(torch.nn.Module):
+    def forward(self, hidden):
+        return Pair(hidden, hidden * 2)
+
+torch.export.register_dataclass(Pair, serialized_type_name="library.Pair")
+program = torch.export.export(Pairing(), (torch.ones(2),))
+"""
+
+
 def test_version_and_help(command: Command) -> None:
     assert __version__ in command("--version").out
     for name in ((), ("rewrite",), ("explain",), ("kernels",), ("demo",)):
