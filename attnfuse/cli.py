@@ -1,57 +1,19 @@
-"""The command line: ``attnfuse rewrite``, ``explain``, ``kernels`` and ``demo``."""
+"""The command line: runs a command and turns whatever happens into one line and an exit code."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
-from importlib import import_module
-from pathlib import Path
-from typing import Annotated, Literal
 
-import torch
 import typer
-from torch.export import ExportedProgram
 
-from attnfuse import demo as demonstration
-from attnfuse import pt2
-from attnfuse.atomic import replacing
-from attnfuse.candidates import Sizes, problem_of, problems_in
-from attnfuse.errors import BadInput
-from attnfuse.exits import BUG, exit_of, table
-from attnfuse.form import describe
-from attnfuse.kernels import Candidate, Numerics, choose, kernels, lookup
-from attnfuse.passes.certify import Effort
-from attnfuse.report import Certificate, Report
-from attnfuse.screen import show_certificate, show_report, show_rows, stage
-from attnfuse.target import Target
-from attnfuse.version import __version__
+from attnfuse.commands import app
+from attnfuse.exits import BUG, exit_of
 
 __all__ = ["main", "run"]
-
-Dtype = Literal["float32", "float16", "bfloat16"]
-DEFAULT_SIZES = "1,16,16,2048,2048,64"
-
-_HELP = f"""Finds hand-written attention in exported PyTorch programs, proves it, and fuses it.
-
-\b
-Exit codes:
-{table()}
-"""
-
-app = typer.Typer(help=_HELP, rich_markup_mode=None, add_completion=False, no_args_is_help=True,
-                  context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})  # fmt: skip
-
-Source = Annotated[Path, typer.Argument(metavar="IN", show_default=False)]
-Trust = Annotated[bool, typer.Option("--trust-input", help="Load IN even if that runs code which it brings along.")]
-Import = Annotated[list[str] | None, typer.Option("--import", metavar="MODULE", show_default=False,
-                                                  help="A library whose types or operators IN uses.")]  # fmt: skip
-Aim = Annotated[str | None, typer.Option("--target", metavar="T", show_default="this machine",
-                                         help="cpu, cuda:sm90, rocm:gfx942, xpu:pvc...")]  # fmt: skip
 
 
 def main() -> None:
@@ -90,177 +52,3 @@ def _failed(error: BaseException) -> int:
             message = str(error)
     typer.echo(f"attnfuse: {' '.join(message.split())}", err=True)
     return end.code
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"attnfuse {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def attnfuse(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    """What all commands share."""
-
-
-@app.command(short_help="Fuse the attention in a .pt2.")
-def rewrite(
-    source: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write.", show_default=False)],
-    target: Aim = None,
-    kernel: Annotated[
-        str | None, typer.Option(metavar="K", help="This kernel or none; see `attnfuse kernels`.")
-    ] = None,
-    numerics: Annotated[Numerics, typer.Option(help="What fully masked rows may become.")] = "faithful",
-    certify: Annotated[Effort, typer.Option(help="How hard each fusion is tested before it is kept.")] = "quick",
-    custom_op: Annotated[
-        bool, typer.Option("--custom-op", help="Keep attnfuse::attention, which needs attnfuse.")
-    ] = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not run IN and OUT against each other.")] = False,
-    report_path: Annotated[Path | None, typer.Option("--report", metavar="F", help="Also write a JSON report.")] = None,
-    print_after: Annotated[str | None, typer.Option(metavar="STAGE", help="Print the graph after this stage.")] = None,
-    modules: Import = None,
-    trust_input: Trust = False,
-) -> None:
-    """Fuse the attention in IN, a .pt2, and write the result to OUT.
-
-    OUT is made of ATen operators alone, so it loads without attnfuse. It is written when all went well
-    and not at all otherwise.
-    """
-    aim = _target_of(target)
-    if kernel is not None:
-        lookup(kernel)
-    _check_places(source, output, report_path)
-    program = _read(source, modules, trust_input=trust_input)
-    with stage("fusing"):
-        result, report = pt2.rewrite(
-            program,
-            target=aim,
-            custom_op=custom_op,
-            kernel=kernel,
-            numerics=numerics,
-            certify=certify,
-            print_after=print_after,
-        )
-    with stage("verifying"):
-        reason = _why_unverified(aim, custom_op=custom_op, no_verify=no_verify)
-        resample = numerics == "faithful"
-        certificate = Certificate(skipped=reason) if reason else pt2.check(program, result, resample=resample)
-    document = _document(report, certificate)
-    with stage(f"writing {output}"):
-        pt2.save(result, output, {"attnfuse.json": document})
-    if report_path is not None:
-        with replacing(report_path) as stream:
-            stream.write(document.encode())
-    show_report(report)
-    show_certificate(certificate)
-
-
-@app.command(short_help="Say what would be fused in a .pt2, and why the rest would not.")
-def explain(
-    source: Source,
-    target: Aim = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    modules: Import = None,
-    trust_input: Trust = False,
-) -> None:
-    """Say of each attention in IN, a .pt2, whether it would be fused, and if not, why and where."""
-    aim = _target_of(target)
-    program = _read(source, modules, trust_input=trust_input)
-    with stage("looking for attention"):
-        _, report = pt2.rewrite(program, target=aim)
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        show_report(report)
-
-
-@app.command("kernels", short_help="List the kernels, or judge them for one attention.")
-def list_kernels(
-    what: Annotated[
-        str | None, typer.Option("--for", metavar="SPEC", help="A .pt2, a spec, or a score in s, m, n.")
-    ] = None,
-    sizes: Annotated[str, typer.Option(metavar="B,H,Hkv,M,N,D", help="For a SPEC that is no .pt2.")] = DEFAULT_SIZES,
-    dtype: Annotated[Dtype, typer.Option(help="For a SPEC that is no .pt2.")] = "float32",
-    target: Aim = None,
-    modules: Import = None,
-    trust_input: Trust = False,
-) -> None:
-    """List the kernels; with --for, each one's estimated time for SPEC, or why it cannot compute it.
-
-    SPEC is for example 'where(n <= m, 0.125 * s, -inf)': causal attention with a scale.
-    """
-    aim = _target_of(target)
-    if what is None:
-        doc = {name: (type(each).__doc__ or "").strip().partition("\n")[0] for name, each in kernels().items()}
-        show_rows(("kernel", "devices", ""), [(n, ", ".join(e.devices), doc[n]) for n, e in kernels().items()])
-        return
-    if what.endswith(".pt2") or Path(what).is_file():
-        problems = problems_in(_read(Path(what), modules, trust_input=trust_input), aim)
-    else:
-        problems = iter([("", problem_of(what, Sizes.parse(sizes), getattr(torch, dtype)))])
-    for site, problem in problems:
-        typer.echo(f"{site or 'attention'}: {describe(problem.spec)} on {aim}")
-        show_rows(("kernel", "estimate", "because"), map(_candidate_row, choose(problem, aim).candidates))
-
-
-@app.command(short_help="See it work on a small decoder, here and now.")
-def demo() -> None:
-    """Export a small decoder, fuse its attention, verify it and time both, here and now."""
-    demonstration.run()
-
-
-def _read(source: Path, modules: list[str] | None, *, trust_input: bool) -> ExportedProgram:
-    for module in modules or ():
-        _import(module)
-    with stage(f"reading {source}"):
-        return pt2.load(source, trust_input=trust_input)
-
-
-def _import(module: str) -> None:
-    try:
-        import_module(module)
-    except ImportError as error:
-        raise BadInput(f"cannot import {module}: {error}") from error
-
-
-def _target_of(source: str | None) -> Target:
-    return Target.current() if source is None else Target.parse(source)
-
-
-def _why_unverified(target: Target, *, custom_op: bool, no_verify: bool) -> str:
-    if no_verify:
-        return "--no-verify was given"
-    if custom_op and target.kind != Target.current().kind:
-        return f"kernels for {target} cannot run on this machine"
-    return ""
-
-
-def _check_places(source: Path, *outputs: Path | None) -> None:
-    """Find out before the work, not after it, that a result has nowhere to go. Raises :class:`BadInput`."""
-    taken = {source.resolve(): "the input"}
-    for path in outputs:
-        if path is None:
-            continue
-        if path.resolve() in taken:
-            raise BadInput(f"{path} is {taken[path.resolve()]}; choose another place for the result")
-        if path.is_dir():
-            raise BadInput(f"cannot write {path}: it is a directory")
-        if not os.access(path.parent, os.W_OK):
-            raise BadInput(f"cannot write {path}: {path.parent} is not a directory that can be written to")
-        taken[path.resolve()] = "another output"
-
-
-def _document(report: Report, certificate: Certificate) -> str:
-    """The report as JSON, with how the result was verified and by which version it was made."""
-    known = {"attnfuse": __version__, **json.loads(report.to_json()), "verification": asdict(certificate)}
-    return json.dumps(known, indent=1)
-
-
-def _candidate_row(candidate: Candidate) -> tuple[str, ...]:
-    time = "" if candidate.seconds is None else f"{1e3 * candidate.seconds:.3g} ms"
-    return candidate.name, time, "; ".join(candidate.reasons)

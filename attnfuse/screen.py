@@ -37,7 +37,7 @@ def show_report(report: Report) -> None:
     if report.refused:
         refused = ((site.reason, site.remedy, site.source or site.node) for site in report.refused)
         show_rows(*_counted(("sites", "refused because", "remedy", "where"), refused))
-    typer.echo(f"{len(report.sites)} attention sites: {len(report.fused)} fused, {len(report.refused)} refused")
+    typer.echo(f"attention sites: {len(report.sites)}, fused: {len(report.fused)}, refused: {len(report.refused)}")
 
 
 def show_certificate(certificate: Certificate) -> None:
@@ -60,7 +60,8 @@ def show_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(*header)
     for row in rows:
         table.add_row(*row)
-    Console().print(table, markup=False)
+    # brackets are shapes here, not rich's markup
+    Console(markup=False, highlight=False).print(table)
 
 
 def _fused_row(site: Fused) -> tuple[str, ...]:

@@ -1,18 +1,167 @@
-"""Provisional."""
+"""What attention costs on a CPU: seconds of each kernel, and of the unfused graph under Inductor.
+
+The model: every score costs its two products, its softmax and each step of its program; each block, each
+call and each byte beyond the last-level cache costs extra; masked blocks that a kernel skips cost nothing.
+Constants are nanoseconds of one core, measured as the least of 5 runs of thread time on a Zen 4 core (AVX-512,
+torch 2.13, Inductor's default options), 8 heads x 512 to 4096 keys x 64 or 128 dimensions: within 15% of
+each measured row. What is decided is which of two is faster, and their ratio moves little between machines.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import torch
+
+from attnfuse.form import form_of
 from attnfuse.kernels.problem import Problem
+from attnfuse.kernels.rows import Band, band_of
+from attnfuse.score import Apply, walk
 from attnfuse.target import Target
 
+__all__ = ["blocked", "sdpa", "unfused"]
 
-def unfused(problem: Problem, target: Target) -> float:
-    return 1.0
+
+@dataclass(frozen=True)
+class Rates:
+    """Nanoseconds of one dtype. ``product`` for each score and element of query or value, in matrix products;
+    ``flash`` the same in ATen's flash attention, with its softmax; ``pack`` for each key element and 256 rows there.
+    """
+
+    product: float
+    flash: float
+    pack: float = 0.0
+    #: Each score: softmax with the conversions around it, in our blocks and in Inductor's loops.
+    softmax: float = 1.0
+    softmax_unfused: float = 1.5
+    tanh: float = 2.5
+    #: Each score of a block that is cut from a mask's band: smaller products, more copies.
+    band: float = 0.6
+    #: Each score, when all of them exceed the last-level cache.
+    spilled: float = 1.6
+    #: A training step, in forwards.
+    training_blocked: float = 4.3
+    training_flash: float = 4.6
+    training_unfused: float = 3.0
+
+
+FLOAT = Rates(product=0.0211, flash=0.0243)
+BFLOAT16 = Rates(
+    0.0095, 0.0258, 1.0, softmax=1.3, softmax_unfused=1.1, tanh=0.7, band=1.2, spilled=2.6, training_blocked=4.2
+)
+HALF = Rates(0.0130, 0.0390, 1.0, softmax=1.3, softmax_unfused=1.1, tanh=0.7, band=1.2, spilled=2.6)
+DOUBLE = Rates(0.0440, 0.0600, softmax=2.0, softmax_unfused=3.0, tanh=5.0)
+RATES = {torch.float32: FLOAT, torch.bfloat16: BFLOAT16, torch.float16: HALF, torch.float64: DOUBLE}
+
+#: Each score: a step in place, a step out of place, a transcendental, Inductor's tanh, a sink's concatenation.
+STEP, COPYING_STEP, TRANSCENDENTAL, TANH_UNFUSED, SINK_UNFUSED = 0.1, 0.8, 0.8, 1.7, 0.4
+#: Each weight of dropout's mask, drawn by us and by Inductor.
+DROPOUT, DROPOUT_UNFUSED = 3.0, 2.0
+#: Each byte from memory.
+BYTE = 0.08
+#: Nanoseconds of a block, of a call of our op, of a call of ATen's kernel, of an unfused graph's calls.
+BLOCK, CALL, FLASH_CALL, UNFUSED_CALL = 100e3, 150e3, 60e3, 60e3
+#: Bytes of a last-level cache.
+CACHE = 32 << 20
+ROWS_IN_BLOCK, SCORES_IN_BLOCK = 128, 1 << 19
 
 
 def blocked(problem: Problem) -> float:
-    return 0.5
+    """Seconds of :mod:`attnfuse.kernels.cpu.blocked` on this machine's threads."""
+    rates, threads = _rates(problem), torch.get_num_threads()
+    band = band_of(problem.spec, problem.symbols)
+    each = _contraction(problem, rates.product) + rates.softmax + _program(problem, rates)
+    each += 0.0 if band.open else rates.band
+    scores = problem.scores * _reached(band, problem, ROWS_IN_BLOCK)
+    calls = BLOCK * math.ceil(scores / (SCORES_IN_BLOCK * threads)) + CALL
+    steps = rates.training_blocked if problem.training else 1.0
+    return steps * (scores * each / threads + calls + _kv_bytes(problem) * BYTE / threads) * 1e-9
 
 
 def sdpa(problem: Problem) -> float:
-    return 0.4
+    """Seconds of ATen's CPU flash attention, which skips masked keys only behind a causal mask, and in float32 best."""
+    rates, threads = _rates(problem), torch.get_num_threads()
+    band = band_of(problem.spec, problem.symbols)
+    masked = not band.open or bool(_capture_bytes(problem))
+    each = _contraction(problem, rates.flash) + _capture_bytes(problem) / max(problem.scores, 1) * BYTE * 2
+    each += 2.0 if masked and problem.query.dtype != torch.float32 and band.open else 0.0
+    packed = rates.pack * problem.heads * math.ceil(problem.rows / 256) * problem.keys * _width(problem)
+    scores = problem.scores * _reached(band, problem, 256)
+    steps = rates.training_flash if problem.training else 1.0
+    return steps * ((scores * each + packed + _kv_bytes(problem) * BYTE) / threads + FLASH_CALL) * 1e-9
+
+
+def unfused(problem: Problem, target: Target) -> float:
+    """Seconds of the graph as written, compiled by Inductor; other devices have their own kernels' models.
+
+    An unmasked softmax of scaled scores Inductor turns into SDPA by itself.
+    """
+    if not repeated and form_of(problem.spec.score) in _FOUND_BY_INDUCTOR: ...
+    rates, threads = _rates(problem), torch.get_num_threads()
+    each = _contraction(problem, rates.product) + rates.softmax_unfused
+    each += TANH_UNFUSED * _count(problem, "tanh") + (SINK_UNFUSED if problem.spec.sink is not None else 0.0)
+    each += DROPOUT_UNFUSED if problem.spec.dropout else 0.0
+    if problem.scores * 4 > CACHE:
+        each += rates.spilled
+    steps = rates.training_unfused if problem.training else 1.0
+    repeats = problem.query.shape[-3] // max(problem.key.shape[-3], 1)
+    bytes_moved = _kv_bytes(problem) * (3 * repeats if repeats > 1 else 1) + _capture_bytes(problem)
+    return steps * ((problem.scores * each + bytes_moved * BYTE) / threads + UNFUSED_CALL) * 1e-9
+
+
+def _rates(problem: Problem) -> Rates:
+    return RATES.get(problem.query.dtype, FLOAT)
+
+
+def _width(problem: Problem) -> int:
+    return problem.query.shape[-1] + problem.value.shape[-1]
+
+
+def _contraction(problem: Problem, rate: float) -> float:
+    return rate * _width(problem)
+
+
+def _program(problem: Problem, rates: Rates) -> float:
+    """Nanoseconds of a score's programs in the blocked kernel; a mask that is a band is nearly free."""
+    spec = problem.spec
+    form = form_of(spec.score)
+    steps = [part.op for part in walk(spec.score) if isinstance(part, Apply)]
+    cost = rates.tanh * steps.count("tanh") + (DROPOUT if spec.dropout else 0.0)
+    if form is None:
+        cost += COPYING_STEP * len(steps)
+    else:
+        masked = form.keep and not band_of(spec, problem.symbols).exact
+        cost += STEP * (len(form.bias) + 2 * (form.softcap is not None) + 2 * bool(masked))
+    cost += TRANSCENDENTAL * sum(op in ("exp", "log", "sigmoid", "erf", "pow", "sin", "cos") for op in steps)
+    cost += COPYING_STEP * sum(isinstance(part, Apply) for part in walk(spec.weight))
+    return cost + _capture_bytes(problem) / max(problem.scores, 1) * BYTE * 2
+
+
+def _count(problem: Problem, op: str) -> int:
+    return sum(isinstance(part, Apply) and part.op == op for part in walk(problem.spec.score))
+
+
+def _reached(band: Band, problem: Problem, rows: int) -> float:
+    """The share of scores in blocks of so many rows that the mask's band does not skip."""
+    if band.open or not problem.scores:
+        return 1.0
+    reached = 0
+    for first in range(0, problem.rows, rows):
+        last = min(first + rows, problem.rows)
+        start, stop = band.reach(first, last, problem.keys)
+        reached += (stop - start) * (last - first)
+    return reached / (problem.rows * problem.keys)
+
+
+def _kv_bytes(problem: Problem) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in (problem.key, problem.value))
+
+
+def _capture_bytes(problem: Problem) -> int:
+    """Bytes of the captures that vary along rows and keys: those that are read score by score."""
+    return sum(
+        math.prod(x.shape) * x.dtype.itemsize
+        for x, captured in zip(problem.captures, problem.spec.captures, strict=False)
+        if {"m", "n"} <= set(captured.axes)
+    )

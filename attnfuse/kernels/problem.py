@@ -30,6 +30,7 @@ class Operand:
 class Problem:
     """One attention to be computed. Shapes as in :mod:`attnfuse.spec`; captures in slot order.
 
+    ``symbols`` are hints of the spec's symbolic sizes, for estimates only (empty when unknown).
     ``dynamic`` says that sizes may differ from the hints at run time; ``rows_kept`` that every query
     row is *proven* to keep at least one key, so that fully masked rows cannot occur.
     """
@@ -39,6 +40,7 @@ class Problem:
     key: Operand
     value: Operand
     captures: tuple[Operand, ...] = ()
+    symbols: tuple[int, ...] = ()
     dynamic: bool = False
     rows_kept: bool = False
     numerics: Numerics = "faithful"

@@ -35,9 +35,10 @@ def rewrite(
 
 
 def _copied(program: ExportedProgram) -> ExportedProgram:
-    """A copy whose graph can be edited, with the program's own tensors."""
-    held = (program.state_dict, program.constants, program.example_inputs)
-    return copy.deepcopy(program, {id(leaf): leaf for leaf in pytree.tree_leaves(held)})
+    """A copy whose graph can be edited, with the program's own tensors and call signatures."""
+    tensors = pytree.tree_leaves((program.state_dict, program.constants, program.example_inputs))
+    shared = [*tensors, program.module_call_graph]
+    return copy.deepcopy(program, {id(part): part for part in shared})
 
 
 def _rename_outputs(program: ExportedProgram) -> None:

@@ -77,8 +77,11 @@ def at_sizes(chosen: Plan, sizes: Mapping[Axis, int], wishes: Wishes) -> GraphMo
     leaves = {leaf.node: leaf for layout in attention.layouts for leaf in layout.views}
 
     def value(node: Node) -> Tensor:
-        shape = [product(axis.size for axis in index.axes) for index in leaves[node].place]
-        return facts.tensor(node).new_empty(shape)
+        traced = facts.tensor(node)
+        wanted = (product(axis.size for axis in index.axes) for index in leaves[node].place)
+        # a symbolic dimension keeps its symbol
+        shape = [size if isinstance(size, int) else old for size, old in zip(wanted, traced.shape, strict=True)]
+        return traced.new_empty(shape)
 
     kernel = lookup(chosen.choice.kernel)
     return finished(attention, draft(attention, value), kernel, wishes.portable, chosen.problem.training)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from attnfuse.cli import app
+from attnfuse.commands import app
 from attnfuse.exits import EXITS
 from attnfuse.fuse import STAGES, Options
 from tests.repo.sources import ROOT
