@@ -23,6 +23,7 @@ Kind = str
 Kinds = Callable[[int], Kind]
 
 _MASKED = Const(float("-inf"))
+_MODERATE = 1e6
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _OPPOSITE = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
 _LOGIC = ("and", "or", "xor", "not", "bool", "isnan", "isinf", *_COMPARISONS)
@@ -164,7 +165,8 @@ def _merge_factors(expr: Expr, kinds: Kinds) -> Expr | None:
             return apply("mul", y, x)
         case Apply("mul", (x, Apply("mul", (y, z)))) if _reads_score(z) and not (_reads_score(x) or _reads_score(y)):
             return apply("mul", apply("mul", x, y), z)
-        case Apply("mul", (Const() as c, Apply("add", (x, y)))) if kind(expr, kinds) == "float":
+        case Apply("mul", (Const(a) as c, Apply("add", (x, y)))) if _reads_score(x) and abs(a) <= _MODERATE:
+            # a huge factor could overflow in one summand and not in the sum
             return apply("add", apply("mul", c, x), apply("mul", c, y))
     return None
 
@@ -256,6 +258,8 @@ def _choose_by_keep(expr: Expr, kinds: Kinds) -> Expr | None:
             return apply("where", apply("not", c), x, fill)
         case Apply("where", (c, Apply("where", (d, x, Const() as inner)), Const() as fill)) if inner == fill:
             return apply("where", apply("and", c, d), x, fill)
+        case Apply("where", (c, Const() as fill, Apply("where", (d, x, Const() as inner)))) if inner == fill:
+            return apply("where", apply("and", apply("not", c), d), x, fill)
         case Apply("where", (Apply("not", (c,)), x, y)) if not _reads_score(expr):
             return apply("where", c, y, x)
     return None

@@ -23,6 +23,10 @@ def replacing(path: Path) -> Iterator[io.FileIO]:
     It is written beside ``path``, flushed to the disk and renamed. A failed write (a full disk) is raised
     when the block ends, and so is Ctrl-C: see :class:`_Steady`. Raises :class:`BadInput`.
     """
+    # through a link to what it stands for
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise BadInput(f"cannot write {path}: it is not an ordinary file")
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with _interrupts_held(), _Steady(draft, "xb") as stream:

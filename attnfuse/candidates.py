@@ -17,7 +17,7 @@ from attnfuse.score import parse
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
-__all__ = ["Sizes", "problem_of", "problems_in"]
+__all__ = ["Asked", "Sizes", "problem_of", "problems_in"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,15 @@ class Sizes:
         return sizes
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A problem, the name of its place, and the device its tensors are on."""
+
+    name: str
+    problem: Problem
+    target: Target
+
+
 def problem_of(source: str, sizes: Sizes, dtype: torch.dtype) -> Problem:
     """The problem that a spec's text, or a score program alone, is at these sizes. Raises :class:`BadProgram`."""
     spec = AttentionSpec.from_text(source) if source.lstrip().startswith("{") else AttentionSpec(score=parse(source))
@@ -60,12 +69,14 @@ def problem_of(source: str, sizes: Sizes, dtype: torch.dtype) -> Problem:
     return Problem(spec, query, key, key, captures)
 
 
-def problems_in(program: ExportedProgram, target: Target) -> Iterator[tuple[str, Problem]]:
-    """Every attention in a program that attnfuse recognises, with its node's name."""
-    fused, _ = rewrite(program, target=target, custom_op=True, certify="off", profit=False)
+def problems_in(program: ExportedProgram) -> Iterator[Asked]:
+    """Every attention in a program that attnfuse recognises."""
+    # whatever is recognised, some kernel for CPU computes it: no site is missing because a device has none
+    fused, _ = rewrite(program, target="cpu", custom_op=True, certify="off", profit=False)
     for node in fused.graph.nodes:
         if node.target is torch.ops.attnfuse.attention.default:
-            yield node.name, _problem_at(node)
+            query = facts.arguments(node)["query"]
+            yield Asked(node.name, _problem_at(node), Target.of(facts.tensor(query).device))
 
 
 def _problem_at(node: Node) -> Problem:

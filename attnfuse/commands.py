@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.export import ExportedProgram
 from attnfuse import demo as demonstration
 from attnfuse import pt2
 from attnfuse.atomic import replacing
-from attnfuse.candidates import Sizes, problem_of, problems_in
+from attnfuse.candidates import Asked, Sizes, problem_of, problems_in
 from attnfuse.errors import BadInput
 from attnfuse.exits import table
 from attnfuse.form import describe
@@ -46,7 +47,7 @@ Source = Annotated[Path, typer.Argument(metavar="IN", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust-input", help="Load IN even if that runs code which it brings along.")]
 Import = Annotated[list[str] | None, typer.Option("--import", metavar="MODULE", show_default=False,
                                                   help="A library whose types or operators IN uses.")]  # fmt: skip
-Aim = Annotated[str | None, typer.Option("--target", metavar="T", show_default="this machine",
+Aim = Annotated[str | None, typer.Option("--target", metavar="T", show_default="where IN's tensors are",
                                          help="cpu, cuda:sm90, rocm:gfx942, xpu:pvc...")]  # fmt: skip
 
 
@@ -109,11 +110,11 @@ def rewrite(
         resample = numerics == "faithful"
         certificate = Certificate(skipped=reason) if reason else pt2.check(program, result, resample=resample)
     document = _document(report, certificate)
-    with stage(f"writing {output}"):
+    with stage(f"writing {output}"), ExitStack() as stack:
+        # the report is in place when the result is
+        if report_path is not None:
+            stack.enter_context(replacing(report_path)).write(document.encode())
         pt2.save(result, output, {"attnfuse.json": document})
-    if report_path is not None:
-        with replacing(report_path) as stream:
-            stream.write(document.encode())
     show_report(report)
     show_certificate(certificate)
 
@@ -158,12 +159,14 @@ def list_kernels(
         show_rows(("kernel", "devices", ""), [(n, ", ".join(e.devices), doc[n]) for n, e in kernels().items()])
         return
     if what.endswith(".pt2") or Path(what).is_file():
-        problems = problems_in(_read(Path(what), modules, trust_input=trust_input), aim)
+        sites = problems_in(_read(Path(what), modules, trust_input=trust_input))
     else:
-        problems = iter([("", problem_of(what, Sizes.parse(sizes), getattr(torch, dtype)))])
-    for site, problem in problems:
-        typer.echo(f"{site or 'attention'}: {describe(problem.spec)} on {aim}")
-        show_rows(("kernel", "estimate", "because"), map(_candidate_row, choose(problem, aim).candidates))
+        problem = problem_of(what, Sizes.parse(sizes), getattr(torch, dtype))
+        sites = iter([Asked("attention", problem, Target.current())])
+    for site in sites:
+        place = aim or site.target
+        typer.echo(f"{site.name}: {describe(site.problem.spec)} on {place}")
+        show_rows(("kernel", "estimate", "because"), map(_candidate_row, choose(site.problem, place).candidates))
 
 
 @app.command(short_help="See it work on a small decoder, here and now.")
@@ -186,14 +189,14 @@ def _import(module: str) -> None:
         raise BadInput(f"cannot import {module}: {error}") from error
 
 
-def _target_of(source: str | None) -> Target:
-    return Target.current() if source is None else Target.parse(source)
+def _target_of(source: str | None) -> Target | None:
+    return None if source is None else Target.parse(source)
 
 
-def _why_unverified(target: Target, *, custom_op: bool, no_verify: bool) -> str:
+def _why_unverified(target: Target | None, *, custom_op: bool, no_verify: bool) -> str:
     if no_verify:
         return "--no-verify was given"
-    if custom_op and target.kind != Target.current().kind:
+    if custom_op and target is not None and target.kind not in ("cpu", Target.current().kind):
         return f"kernels for {target} cannot run on this machine"
     return ""
 
@@ -206,8 +209,8 @@ def _check_places(source: Path, *outputs: Path | None) -> None:
             continue
         if path.resolve() in taken:
             raise BadInput(f"{path} is {taken[path.resolve()]}; choose another place for the result")
-        if path.is_dir():
-            raise BadInput(f"cannot write {path}: it is a directory")
+        if path.exists() and not path.is_file():
+            raise BadInput(f"cannot write {path}: it is not an ordinary file")
         if not os.access(path.parent, os.W_OK):
             raise BadInput(f"cannot write {path}: {path.parent} is not a directory that can be written to")
         taken[path.resolve()] = "another output"

@@ -212,8 +212,10 @@ def features(spec: AttentionSpec) -> tuple[Feature, ...] | None:
 
 
 def _name_bias(summand: Expr) -> Feature:
-    indexed = any(isinstance(part, Index) and part.axis in ("m", "n") for part in walk(summand))
-    return Alibi(summand) if indexed else Bias(summand)
+    parts = list(walk(summand))
+    indexed = any(isinstance(part, Index) and part.axis in ("m", "n") for part in parts)
+    chosen = any(isinstance(part, Apply) and part.op == "where" for part in parts)
+    return Alibi(summand) if indexed and not chosen else Bias(summand)
 
 
 def _name_mask(keep: Expr, captures: tuple[Captured, ...]) -> Feature:

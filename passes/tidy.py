@@ -6,6 +6,7 @@ at the replaced node and goes up through calls that are known to be pure.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
 from torch.fx import Node
@@ -48,5 +49,8 @@ def _is_erasable(node: Node, kept: frozenset[Node], local: frozenset[Node]) -> b
 
 
 def _goes_with(user: Node, local: frozenset[Node]) -> bool:
-    """Whether a user only asserts something, or writes locally, with nobody using what it returns."""
-    return not user.users and (user in local or facts.op_name(user) in _ASSERTIONS)
+    """Whether nobody uses what a user returns, and it is pure, only asserts something, or writes locally."""
+    if user.users:
+        return False
+    is_pure = user.target is operator.getitem or (facts.is_aten(user) and not facts.is_mutating(user))
+    return is_pure or user in local or facts.op_name(user) in _ASSERTIONS

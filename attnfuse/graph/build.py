@@ -28,6 +28,12 @@ class UnknownSize(AttnfuseError):
     """A symbolic size that no node of the graph has."""
 
 
+def _name(target: Callable[..., Any]) -> str:
+    """``attention`` for ``attnfuse.attention.default``, as tracing names nodes."""
+    packet = getattr(target, "overloadpacket", target)
+    return str(packet.__name__)
+
+
 class Builder:
     """Inserts nodes before a point of a graph. Their values are stored as the graph's other nodes store theirs."""
 
@@ -40,7 +46,7 @@ class Builder:
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """A call of ``target``, its value computed on the fake values of its arguments."""
         with self._inserting():
-            node = self._graph.call_function(target, args, kwargs)
+            node = self._graph.create_node("call_function", target, args, kwargs, name=_name(target))
         values = map_arg((args, kwargs), facts.value)
         with self._mode or nullcontext():
             node.meta[self._meta] = target(*values[0], **values[1])

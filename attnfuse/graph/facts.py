@@ -20,6 +20,7 @@ __all__ = [
     "dtype",
     "hint",
     "hint_of",
+    "is_aten",
     "is_mutating",
     "is_tensor",
     "kind",
@@ -123,6 +124,11 @@ def arguments(node: Node) -> Mapping[str, Any]:
     found = {arg.name: arg.default_value for arg in schema.arguments if arg.has_default_value()}
     positional = [arg.name for arg in schema.arguments if not arg.kwarg_only]
     return found | dict(zip(positional, node.args, strict=False)) | node.kwargs
+
+
+def is_aten(node: Node) -> bool:
+    """Whether the node calls an operator with a schema."""
+    return isinstance(node.target, torch._ops.OpOverload)
 
 
 def is_mutating(node: Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnfuse.kernels.cpu import blocked as _blocked  # noqa: F401  (registers)
+from attnfuse.kernels.cpu import direct as _direct  # noqa: F401  (registers)
 from attnfuse.kernels.cpu import sdpa as _sdpa  # noqa: F401  (registers)
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Numerics, Operand, Problem

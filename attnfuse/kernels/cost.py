@@ -17,8 +17,7 @@ import torch
 from attnfuse.form import form_of
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.rows import Band, band_of
-from attnfuse.score import Apply, walk
-from attnfuse.target import Target
+from attnfuse.score import Apply, P, walk
 
 __all__ = ["blocked", "sdpa", "unfused"]
 
@@ -42,7 +41,7 @@ class Rates:
     spilled: float = 1.6
     #: A training step, in forwards.
     training_blocked: float = 4.3
-    training_flash: float = 4.6
+    training_flash: float = 3.8
     training_unfused: float = 3.0
 
 
@@ -79,6 +78,11 @@ def blocked(problem: Problem) -> float:
     return steps * (scores * each / threads + calls + _kv_bytes(problem) * BYTE / threads) * 1e-9
 
 
+def direct(problem: Problem) -> float:
+    """Seconds of :mod:`attnfuse.kernels.cpu.direct`: the unfused graph, without a copy of each repeated head."""
+    return _written_out(problem, _kv_bytes(problem))
+
+
 def sdpa(problem: Problem) -> float:
     """Seconds of ATen's CPU flash attention, which skips masked keys only behind a causal mask, and in float32 best."""
     rates, threads = _rates(problem), torch.get_num_threads()
@@ -92,22 +96,33 @@ def sdpa(problem: Problem) -> float:
     return steps * ((scores * each + packed + _kv_bytes(problem) * BYTE) / threads + FLASH_CALL) * 1e-9
 
 
-def unfused(problem: Problem, target: Target) -> float:
-    """Seconds of the graph as written, compiled by Inductor; other devices have their own kernels' models.
+def unfused(problem: Problem) -> float:
+    """Seconds of the graph as written, compiled by Inductor.
 
     An unmasked softmax of scaled scores Inductor turns into SDPA by itself.
     """
-    if not repeated and form_of(problem.spec.score) in _FOUND_BY_INDUCTOR: ...
+    if _plain(problem):
+        return sdpa(problem)
+    repeats = problem.query.shape[-3] // max(problem.key.shape[-3], 1)
+    # a repeated head is read, written and read again
+    return _written_out(problem, _kv_bytes(problem) * (3 * repeats if repeats > 1 else 1))
+
+
+def _written_out(problem: Problem, kv_bytes: int) -> float:
     rates, threads = _rates(problem), torch.get_num_threads()
     each = _contraction(problem, rates.product) + rates.softmax_unfused
     each += TANH_UNFUSED * _count(problem, "tanh") + (SINK_UNFUSED if problem.spec.sink is not None else 0.0)
     each += DROPOUT_UNFUSED if problem.spec.dropout else 0.0
-    if problem.scores * 4 > CACHE:
-        each += rates.spilled
+    each += rates.spilled if problem.scores * 4 > CACHE else 0.0
     steps = rates.training_unfused if problem.training else 1.0
-    repeats = problem.query.shape[-3] // max(problem.key.shape[-3], 1)
-    bytes_moved = _kv_bytes(problem) * (3 * repeats if repeats > 1 else 1) + _capture_bytes(problem)
-    return steps * ((problem.scores * each + bytes_moved * BYTE) / threads + UNFUSED_CALL) * 1e-9
+    moved = (kv_bytes + _capture_bytes(problem)) * BYTE
+    return steps * ((problem.scores * each + moved) / threads + UNFUSED_CALL) * 1e-9
+
+
+def _plain(problem: Problem) -> bool:
+    form, spec = form_of(problem.spec.score), problem.spec
+    bare = form is not None and form.softcap is None and not form.bias and not form.keep
+    return bare and spec.sink is None and spec.weight == P and not spec.dropout
 
 
 def _rates(problem: Problem) -> Rates:

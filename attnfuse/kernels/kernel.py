@@ -32,14 +32,16 @@ class Kernel(ABC):
     """One way to compute attention. Stateless: one instance serves every call.
 
     ``name`` identifies it in reports and in the op's ``kernel`` argument; ``devices`` are the target
-    kinds it runs on; ``portable`` says that :meth:`run` is made of ATen operations alone, so that a
-    graph may hold its trace instead of the op; ``gives_lse`` that :meth:`run_with_lse` and
-    :meth:`backward` know the lse; ``saves_lse`` that the backward is faster when the forward kept it.
+    kinds it runs on; ``portable`` says that :meth:`expand` is made of ATen operations alone, so that a
+    graph may hold its trace instead of the op, and ``inline`` that a compiler makes more of that trace
+    than of the op; ``gives_lse`` that :meth:`run_with_lse` and :meth:`backward` know the lse;
+    ``saves_lse`` that the backward is faster when the forward kept it.
     """
 
     name: ClassVar[str]
     devices: ClassVar[tuple[str, ...]]
     portable: ClassVar[bool] = False
+    inline: ClassVar[bool] = False
     gives_lse: ClassVar[bool] = False
     saves_lse: ClassVar[bool] = False
 
@@ -62,6 +64,18 @@ class Kernel(ABC):
         symbols: Sequence[int],
     ) -> Tensor:
         """``out [*B, H, M, Dv]`` in value's dtype; shapes as in :mod:`attnfuse.spec`, any strides."""
+
+    def expand(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> Tensor:
+        """:meth:`run` as a program to be traced: differentiable, without mutation, blind to data, sizes perhaps symbolic."""
+        return self.run(spec, query, key, value, captures, symbols)
 
     def run_with_lse(
         self,

@@ -107,7 +107,7 @@ def choose(problem: Problem, target: Target, only: str | None = None, *, portabl
         reasons = "; ".join(f"{c.name}: {', '.join(c.reasons)}" for c in candidates)
         raise NoKernel(f"no kernel can compute this attention on {target} ({reasons})")
     best = candidates[min(able)[1]].name
-    return Choice(best, (*candidates, Candidate(UNFUSED, unfused(problem, target))))
+    return Choice(best, (*candidates, Candidate(UNFUSED, unfused(problem))))
 
 
 def _candidate(each: Kernel, problem: Problem, target: Target, *, portable: bool) -> Candidate:

@@ -85,4 +85,4 @@ def _run(
     query, key, value, *rest = values
     given = iter(rest[captures:])
     symbols = [next(given) if size is None else size for size in sizes]
-    return kernel.run(spec, query, key, value, rest[:captures], symbols)  # type: ignore[arg-type]
+    return kernel.expand(spec, query, key, value, rest[:captures], symbols)  # type: ignore[arg-type]

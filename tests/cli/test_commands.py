@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from attnfuse import errors, pt2
-from attnfuse.errors import NotEquivalent
+from attnfuse.errors import BadInput, NotEquivalent
 from attnfuse.exits import EXITS
 from attnfuse.version import __version__
 from tests.cli.conftest import Ended
@@ -80,6 +80,18 @@ def test_options(options: tuple[str, ...], command: Command, archive: Path, out:
     ended = command("rewrite", archive, "-o", out, *options.split())
     assert ended.code == 0, ended
     assert "verified on" in ended.out
+
+
+def test_the_report_is_written_with_the_result_or_not(
+    command: Command, archive: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BadInput("cannot write it")
+
+    monkeypatch.setattr(pt2, "save", fail)
+    assert_refused(command("rewrite", archive, "-o", out, "--report", tmp_path / "r.json"), 3, "cannot write it")
+    assert_untouched(out)
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_no_verify_says_so(command: Command, archive: Path, out: Path) -> None:
@@ -221,6 +233,7 @@ def test_usage(command: Command, archive: Path) -> None:
 def test_no_kernel(command: Command, archive: Path) -> None:
     ended = command("kernels", "--for", "s", "--target", "xpu:pvc")
     assert ended.code == 4
+    assert command("kernels", "--for", archive, "--target", "xpu:pvc").code == 4
     assert "no kernel can compute this attention on xpu:pvc" in ended.err
 
 
@@ -237,7 +250,9 @@ def test_output_that_is_the_input(command: Command, archive: Path, tmp_path: Pat
 
 
 def test_output_that_cannot_be_written(command: Command, archive: Path, tmp_path: Path) -> None:
-    assert_refused(command("rewrite", archive, "-o", tmp_path), 3, "it is a directory")
+    assert_refused(command("rewrite", archive, "-o", tmp_path), 3, "it is not an ordinary file")
+    assert_refused(command("rewrite", archive, "-o", "/dev/null"), 3, "it is not an ordinary file")
+    assert Path("/dev/null").is_char_device()
     assert_refused(command("rewrite", archive, "-o", tmp_path / "no" / "o.pt2"), 3, "is not a directory")
     assert not list(tmp_path.iterdir())
 

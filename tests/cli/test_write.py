@@ -51,6 +51,14 @@ def test_a_good_write_replaces(place: Path, program: ExportedProgram) -> None:
     load(place)
 
 
+def test_a_link_is_followed(place: Path, program: ExportedProgram, tmp_path: Path) -> None:
+    link = tmp_path / "link.pt2"
+    link.symlink_to(place)
+    save(program, link, {})
+    assert link.is_symlink()
+    load(place)
+
+
 def test_a_new_file_has_the_usual_permissions(tmp_path: Path, program: ExportedProgram) -> None:
     save(program, tmp_path / "new.pt2", {})
     (tmp_path / "other").touch()

@@ -20,13 +20,17 @@ Gradients = dict[str, Tensor]
 
 
 def gradients(module: nn.Module, inputs: Inputs, run: Callable[..., Any] | None = None) -> Gradients:
-    """Gradients of a fixed random projection of ``run(**inputs)`` to the parameters of ``module``."""
+    """Gradients of a fixed random projection of ``run(**inputs)`` to the parameters of ``module``.
+
+    Those that the projection does not depend on (of an unused pooling layer) are zero, as compiled code has them.
+    """
     module.zero_grad()
     out = (module if run is None else run)(**inputs).last_hidden_state
     # a plain sum would have no gradient: the last normalisation takes the mean away
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(out.dtype)
     (out * direction).sum().backward()
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    parameters = dict(module.named_parameters())
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()}
 
 
 def exact_gradients(module: nn.Module, inputs: Inputs) -> Gradients:

@@ -30,8 +30,8 @@ def in_a_process(name: str, padding: str, folder: Path) -> Outcome:
 
 @pytest.mark.slow
 def test_a_second_process_finds_the_code_and_the_gradients(tmp_path: Path, model_of: Callable[..., nn.Module]) -> None:
-    first, second = (in_a_process("t5", "left", tmp_path) for _ in range(2))
+    first, second = (in_a_process("gpt2", "left", tmp_path) for _ in range(2))
     assert (first.hits, second.misses) == (0, 0)
     assert second.hits == first.misses > 0
-    module, inputs = copy.deepcopy(model_of("t5", torch.float32)).train(), MODELS["t5"].feed("left")
+    module, inputs = copy.deepcopy(model_of("gpt2", torch.float32)).train(), MODELS["gpt2"].feed("left")
     assert_all_as_good(second.gradients, gradients(module, inputs), exact_gradients(module, inputs))

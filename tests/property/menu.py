@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tests.property import vocabulary as words
 from tests.property.recipe import Part, Recipe
@@ -32,6 +33,11 @@ class Spelling:
     weighted: str = "matmul"
     leave: str = "as is"
 
+    def saying(self, axis: str, word: str) -> Spelling:
+        """The same but for one word."""
+        changed: dict[str, Any] = {axis: word}
+        return replace(self, **changed)
+
     @property
     def layout(self) -> str:
         """The layout of the scores: four, flat, grouped or turned."""
@@ -57,7 +63,7 @@ def plainest(recipe: Recipe, chosen: Spelling | None = None, start: int = 0) -> 
     """The first word that fits on each axis from ``start`` on, and for each term."""
     chosen = chosen or Spelling()
     for axis in AXES[start:]:
-        chosen = replace(chosen, **{axis: options(recipe, chosen, axis)[0]})
+        chosen = chosen.saying(axis, options(recipe, chosen, axis)[0])
     return replace(chosen, terms=tuple(term_options(recipe, chosen, part)[0] for part in recipe))
 
 

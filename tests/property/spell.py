@@ -75,11 +75,13 @@ def _import(source: str) -> Callable[..., Tensor]:
     module = importlib.util.module_from_spec(description)
     sys.modules[file.stem] = module
     description.loader.exec_module(module)
-    return module.attention
+    function: Callable[..., Tensor] = module.attention
+    return function
 
 
 def _evaluate(way: str, **names: Any) -> Tensor:
-    return eval(way.format(x="x"), {"torch": torch}, names)
+    made: Tensor = eval(way.format(x="x"), {"torch": torch}, names)
+    return made
 
 
 def spell(recipe: Recipe, spelling: Spelling, wide: torch.dtype = torch.float32) -> Spelled:

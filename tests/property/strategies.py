@@ -96,7 +96,7 @@ def spellings(draw: st.DrawFn, recipe: Recipe, unread: bool = True) -> Spelling:
     chosen = Spelling()
     for axis in AXES:
         fits = [word for word in options(recipe, chosen, axis) if unread or word not in UNREAD.get(axis, ())]
-        chosen = replace(chosen, **{axis: draw(st.sampled_from(fits))})
+        chosen = chosen.saying(axis, draw(st.sampled_from(fits)))
     return replace(chosen, terms=tuple(draw(st.sampled_from(term_options(recipe, chosen, part))) for part in recipe))
 
 
@@ -115,7 +115,7 @@ def _one_step_from(recipe: Recipe, plain: Spelling) -> Iterator[tuple[str, Spell
     yield from _other_terms(recipe, plain)
     for at, axis in enumerate(AXES):
         for word in options(recipe, plain, axis):
-            changed = plainest(recipe, replace(plain, **{axis: word}), at + 1)
+            changed = plainest(recipe, plain.saying(axis, word), at + 1)
             yield f"{axis}: {word}", changed
             if axis in ("arrive", "heads", "product"):
                 yield from _one_step_from_layout(recipe, changed, at + 1)
@@ -125,7 +125,7 @@ def _one_step_from_layout(recipe: Recipe, plain: Spelling, start: int) -> Iterat
     for at, axis in enumerate(AXES[start:], start):
         if axis in ("product", "weighted", "softmax"):
             for word in options(recipe, plain, axis):
-                changed = plainest(recipe, replace(plain, **{axis: word}), at + 1)
+                changed = plainest(recipe, plain.saying(axis, word), at + 1)
                 yield f"{axis}: {word} ({plain.arrive}, {plain.heads}, {changed.layout})", changed
 
 

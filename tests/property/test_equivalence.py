@@ -61,6 +61,8 @@ def assert_equivalent(door: str, recipe: Recipe, spelling: Spelling, made_of: Da
     args = spelled.arguments(inputs)
     source = spelled.module(*args)
     program = rewritten(door, spelled.module, args)
+    # a rewrite that its own certificate stopped was stopped in time, but is a bug all the same
+    assert not [site.reason for site in program.report.refused if "not equivalent" in site.reason], spelled.source
     fused = program.run(*args)
     if not program.report.fused:
         # a refusal names its reason, and leaves the program as it was
@@ -80,10 +82,10 @@ OTHERS = (replace(TRACED, batch=(3,), rows=9, keys=11), replace(TRACED, rows=2, 
 @pytest.mark.parametrize("door", ["dynamo", "training IR"])
 def test_one_graph_serves_every_size(door: str) -> None:
     @given(st.data())
-    @settings(max_examples=max(5, settings().max_examples // 4))
+    @settings(max_examples=settings().max_examples // 10)
     def check(data: st.DataObject) -> None:
         recipe = data.draw(recipes(st.just(TRACED)))
-        spelled = spell(recipe, data.draw(spellings(recipe)))
+        spelled = spell(recipe, data.draw(spellings(recipe, unread=False)))
         program = rewritten(door, spelled.module, spelled.arguments(recipe.inputs()), dynamic=True)
         for other in OTHERS:
             _assert_serves(program, replace(spelled, recipe=replace(recipe, sizes=other)))

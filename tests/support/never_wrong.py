@@ -46,7 +46,10 @@ def never_wrong(
         else:
             assert torch.equal(ours, theirs)
     assert sites is None or len(program.report.sites) == sites, program.report
-    assert all(len(site.reason.split()) > 2 for site in program.report.refused), program.report
+    for site in program.report.refused:
+        # a rewrite that its own certificate stopped was stopped in time, but is a bug all the same
+        assert len(site.reason.split()) > 2, program.report
+        assert "not equivalent" not in site.reason, program.report
     return program.report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -84,10 +85,10 @@ def test_plain_attention_is_the_default() -> None:
         ({"symbols": -1}, "neither may be negative"),
     ],
 )
-def test_ill_formed_specs_say_why(fields: dict[str, object], reason: str) -> None:
-    programs = {name: parse(value) if isinstance(value, str) else value for name, value in fields.items()}
+def test_ill_formed_specs_say_why(fields: dict[str, Any], reason: str) -> None:
+    parsed: dict[str, Any] = {name: parse(value) if isinstance(value, str) else value for name, value in fields.items()}
     with pytest.raises(BadProgram, match=reason):
-        AttentionSpec(**programs)
+        AttentionSpec(**parsed)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from attnfuse.kernels import cost
 from attnfuse.kernels.cpu.backward import Gradients
 from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.forward import Forward
+from attnfuse.kernels.cpu.functional import attend_by_rows
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel
@@ -63,6 +64,18 @@ class Blocked(Kernel):
         call = Call(spec, query, key, value, captures, symbols)
         return attention(*call.operands)[0] if call.empty else Forward(call).run()[0]
 
+    def expand(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> Tensor:
+        """An unrolled loop over blocks of rows, of sizes that are known."""
+        return attend_by_rows(Call(spec, query, key, value, captures, symbols))
+
     def run_with_lse(
         self,
         spec: AttentionSpec,
@@ -90,4 +103,6 @@ class Blocked(Kernel):
     ) -> tuple[Tensor | None, ...]:
         """Gradients, from weights computed again block by block."""
         call = Call(spec, query, key, value, captures, symbols, training=True)
+        if call.empty:
+            return tuple(torch.zeros_like(x) if need else None for x, need in zip((query, key, value, *captures), needs, strict=True))
         return Gradients(call, grad_out, residual.grad_lse, needs).run()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from attnfuse.kernels.rows import Band
 
-__all__ = ["Block", "Layout", "blocks"]
+__all__ = ["Block", "Layout", "Span", "blocks", "row_blocks"]
 
 Span = tuple[int, int]
 
@@ -81,6 +82,15 @@ def blocks(layout: Layout, band: Band, threads: int) -> Iterator[Block]:
         scores = layout.groups * (rows[1] - rows[0]) * max(keys[1] - keys[0], 1)
         for *batch, kv_heads in _parts((*layout.batch, layout.kv_heads), max(budget // scores, 1)):
             yield Block(tuple(batch), kv_heads, rows, keys, core, layout.groups)
+
+
+def row_blocks(layout: Layout, band: Band, scores: int) -> Iterator[Block]:
+    """Blocks of all heads in the order of their rows, of about so many scores."""
+    each_row = math.prod(layout.batch) * layout.kv_heads * layout.groups * layout.keys
+    batch, heads = tuple((0, size) for size in layout.batch), (0, layout.kv_heads)
+    for rows in _spans(layout.rows, max(scores // max(each_row, 1), ROWS_AT_LEAST)):
+        keys = band.reach(*rows, layout.keys)
+        yield Block(batch, heads, rows, keys, keys, layout.groups)
 
 
 def _parts(sizes: Sequence[int], at_most: int) -> Iterator[tuple[Span, ...]]:

@@ -47,8 +47,8 @@ class Call:
 
     @property
     def empty(self) -> bool:
-        """Whether there is no score, or nothing to contract."""
-        return 0 in (*self.query.shape, *self.key.shape, *self.value.shape)
+        """Whether there is no score, or no output."""
+        return 0 in (*self.query.shape[:-1], *self.key.shape[:-1], self.value.shape[-1])
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -107,6 +107,11 @@ class Call:
             return True
         return self.form.fill <= ABSORBING and rows_kept(self.spec, self.layout.rows, self.layout.keys, self.symbols)
 
+    @property
+    def proven_band(self) -> Band:
+        """The band, where :attr:`certain`; open elsewhere."""
+        return self.band if self.certain else Band(exact=False)
+
     def alive(self, logit: Tensor) -> bool:
         """Whether in every row some logit is so far above the fill that masked keys have weight zero."""
         if self.form is None:
@@ -139,7 +144,8 @@ class Call:
 
     def rows_of(self, block: Block, tensor: Tensor) -> Tensor:
         """Query or out's gradient on a block as ``[lead, groups * rows, D]``."""
-        return self.heads_of(block, tensor).reshape(block.lead, -1, tensor.shape[-1])
+        rows = block.groups * (block.rows[1] - block.rows[0])
+        return self.heads_of(block, tensor).reshape(block.lead, rows, tensor.shape[-1])
 
     def keys_of(self, block: Block, tensor: Tensor) -> Tensor:
         """Key or value ``[*B, Hkv, N, D]`` on a block as ``[lead, keys, D]``; broadcast batches are expanded."""
@@ -147,7 +153,7 @@ class Call:
         tensor = _cut(tensor, (*block.batch, block.kv_heads, block.keys))
         if tensor.shape[: len(batch)] != batch:
             tensor = tensor.expand(*batch, *tensor.shape[-3:])
-        return tensor.reshape(block.lead, -1, tensor.shape[-1])
+        return tensor.reshape(block.lead, *tensor.shape[-2:])
 
 
 def _cut(tensor: Tensor, spans: Sequence[Span]) -> Tensor:

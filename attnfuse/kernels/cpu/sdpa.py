@@ -4,7 +4,7 @@ Exactly means: the mask is none, top-left causal, or a captured additive bias. A
 added to the scores, so that a NaN or infinite key behind it would reach the row; ``numerics="fast"``
 allows that. A row that a bias masks with -inf throughout is zero in SDPA and NaN in the written-out
 program: such rows are found in the bias and made NaN again. The backward of ATen's CPU kernel normalises
-by ``exp(s - lse)``, which is wrong on rows of one huge negative bias, so with a bias there is none.
+by ``exp(s - lse)``, which is wrong on rows of one huge negative bias: with a bias ours takes its place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from attnfuse.form import Form, form_of
 from attnfuse.kernels import cost
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Problem
-from attnfuse.kernels.registry import kernel
+from attnfuse.kernels.registry import kernel, lookup
 from attnfuse.kernels.rows import Band, band_of, rows_kept
 from attnfuse.reference import Scope, attention, evaluate, repeat_heads
 from attnfuse.score import Const, Expr, P, apply, text
@@ -43,7 +43,8 @@ class Sdpa(Kernel):
     name: ClassVar[str] = "sdpa"
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     portable: ClassVar[bool] = True
-    gives_lse: ClassVar[bool] = False
+    gives_lse: ClassVar[bool] = True
+    saves_lse: ClassVar[bool] = True
 
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
         """What SDPA cannot say, or says with another meaning."""
@@ -73,7 +74,7 @@ class Sdpa(Kernel):
             *(_four_d(x, batch) for x in (query, key, value)),
             attn_mask=None if mask is None else _four_d(mask, batch),
             is_causal=causal,
-            scale=_scale(form),
+            scale=_scale(spec),
             enable_gqa=query.shape[-3] != key.shape[-3],
         )
         out = out.view(*batch, *out.shape[-3:])
@@ -81,6 +82,22 @@ class Sdpa(Kernel):
             return out
         dead = mask.amax(dim=-1, keepdim=True) == float("-inf")
         return torch.where(dead, float("nan"), out)
+
+    def run_with_lse(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """``out`` and ``lse``, of plain and causal attention; any other is computed without SDPA."""
+        if _mask_of(spec) or 0 in (*query.shape, *key.shape, *value.shape):
+            return lookup("blocked").run_with_lse(spec, query, key, value, captures, symbols)
+        out, lse = _flash(spec, query, key, value)
+        batch = query.shape[:-3]
+        return out.view(*batch, *out.shape[-3:]), lse.reshape(query.shape[:-1]).to(torch.float32)
 
     def backward(
         self,
@@ -94,18 +111,32 @@ class Sdpa(Kernel):
         needs: Sequence[bool],
         residual: Residual,
     ) -> tuple[Tensor | None, ...]:
-        """ATen's flash backward, of plain and causal attention only."""
+        """ATen's flash backward of plain and causal attention, and the blocked kernel's of any other."""
+        if residual.grad_lse is not None or _mask_of(spec) or 0 in (*query.shape, *key.shape, *value.shape):
+            operands = (query, key, value, captures, symbols, needs, residual)
+            return lookup("blocked").backward(spec, grad_out, *operands)
         batch, heads = query.shape[:-3], query.shape[-3]
-        options = {"dropout_p": 0.0, "is_causal": _is_causal(spec)}
-        scale = {"attn_mask": None, "scale": _scale(_form(spec))}
+        if residual.lse is None or query.dtype == torch.float64:  # our lse is float32
+            out, lse = _flash(spec, query, key, value)
+        else:
+            out, lse = _four_d(residual.out, batch), residual.lse.reshape(-1, *residual.lse.shape[-2:])
         operands = [_four_d(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, **options, **scale)
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _four_d(grad_out, batch), *operands, out, lse, **options, **scale
-        )
+        grads = _flash_backward(_four_d(grad_out, batch), *operands, out, lse, 0.0, _is_causal(spec), scale=_scale(spec))
         wanted = zip(grads, (query, key, value), needs[:3], strict=True)
         found = [_summed(grad, x, batch) if need else None for grad, x, need in wanted]
         return (*found, *(None for _ in captures))
+
+
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _flash(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """ATen's own ``out [B, H, M, D]`` and ``lse [B, H, M]``, which SDPA keeps to itself."""
+    batch, heads = query.shape[:-3], query.shape[-3]
+    operands = [_four_d(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
+    out, lse = _flash_forward(*operands, 0.0, _is_causal(spec), scale=_scale(spec))
+    return out, lse
 
 
 # --- what it refuses --------------------------------------------------------------------------------
@@ -134,15 +165,11 @@ def _means_otherwise(problem: Problem) -> tuple[str, ...]:
 
 
 def _slow_path(problem: Problem) -> tuple[str, ...]:
-    form = form_of(problem.spec.score)
-    biased = form is not None and bool(form.bias or form.keep) and not _is_causal(problem.spec)
     dtypes = {problem.query.dtype, problem.key.dtype, problem.value.dtype}
     reasons = [
         (problem.spec.dropout > 0, "ATen's CPU kernel has no dropout"),
         (problem.query.shape[-1] != problem.value.shape[-1], "ATen's CPU kernel needs value as wide as query"),
         (len(dtypes) > 1 or not dtypes <= set(DTYPES), "ATen's CPU kernel needs operands of one floating dtype"),
-        (biased and problem.training, "the backward of ATen's CPU kernel is not exact behind a bias or mask"),
-        (problem.training and problem.query.dtype == torch.float16, "ATen's CPU kernel has a slow float16 backward"),
     ]
     return tuple(reason for holds, reason in reasons if holds)
 
@@ -161,10 +188,17 @@ def _is_number(scale: Expr) -> bool:
     return isinstance(scale, Const) and scale.value > 0
 
 
-def _scale(form: Form) -> float:
+def _scale(spec: AttentionSpec) -> float:
+    form = _form(spec)
     if not isinstance(form.scale, Const):
         raise BadProgram(f"sdpa was asked for a scale it refuses: {text(form.scale)}")
     return float(form.scale.value)
+
+
+def _mask_of(spec: AttentionSpec) -> bool:
+    """Whether SDPA is given a mask as a tensor."""
+    form = _form(spec)
+    return bool(form.bias or form.keep) and not _is_causal(spec)
 
 
 def _is_causal(spec: AttentionSpec) -> bool:

@@ -132,22 +132,6 @@ def test_heads_swapped_between_scores_and_values(door: str) -> None:
     never_wrong(door, attention, *qkv(batch=4, heads=4))
 
 
-def test_a_view_that_depends_on_strides(door: str) -> None:
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q @ k.mT, v).view(8, 6, 8).view(-1)
-
-    assert never_wrong(door, attention, *qkv()).fused
-
-
-def test_a_view_of_turned_values(door: str) -> None:
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = torch.softmax(torch.einsum("bmhd,bnhd->bhmn", q, k), dim=-1)
-        return torch.einsum("bhmn,bnhe->bmhe", weights, v).reshape(2, 6, 32).contiguous().view(2, 6, 4, 8)
-
-    q, k, v = (x.transpose(1, 2).contiguous() for x in qkv())
-    assert never_wrong(door, attention, q, k, v).fused
-
-
 # --- sums -------------------------------------------------------------------------------------------
 
 

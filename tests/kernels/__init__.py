@@ -1,0 +1,1 @@
+"""Every kernel against the specs it does not refuse."""
