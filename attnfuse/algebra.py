@@ -152,6 +152,18 @@ def _to_product(expr: Expr, kinds: Kinds) -> Expr | None:
     return None
 
 
+def _inverse(expr: Expr, _: Kinds) -> Expr | None:
+    """``exp(log(x)) -> x``; ``x * (1 / y) -> x / y``."""
+    match expr:
+        case Apply("exp", (Apply("log", (x,)),)):
+            return x
+        case Apply("reciprocal", (x,)):
+            return apply("div", Const(1.0), x)
+        case Apply("mul", (x, Apply("div", (Const(1.0), y)))) | Apply("mul", (Apply("div", (Const(1.0), y)), x)):
+            return apply("div", x, y)
+    return None
+
+
 def _merge_factors(expr: Expr, kinds: Kinds) -> Expr | None:
     """``a * (b * x) -> (a b) * x``; factors free of the score come together, the score last."""
     match expr:
@@ -313,6 +325,7 @@ RULES: tuple[Rule, ...] = (
     _logic,
     _constant_first,
     _to_product,
+    _inverse,
     _merge_factors,
     _score_first,
     _choose_by_keep,

@@ -19,7 +19,7 @@ __all__ = ["main", "run"]
 def main() -> None:
     """The ``attnfuse`` command."""
     # torch warns of its own internals while it reads and copies programs
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module=r"torch\.|copyreg")
     sys.exit(run(sys.argv[1:]))
 
 

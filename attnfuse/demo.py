@@ -121,7 +121,7 @@ def run() -> None:
     show_rows((f"{torch.get_num_threads()} threads", "one run"), rows)
 
 
-_LENGTHS = Dim("length", min=2, max=2 * LENGTH)
+_LENGTHS = Dim.AUTO(min=2, max=2 * LENGTH)
 
 
 def _seconds(module: Callable[[Tensor], Tensor], tokens: Tensor, runs: int = 3) -> float:

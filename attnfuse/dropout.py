@@ -31,7 +31,8 @@ def kept(seed: Tensor, probability: float, indices: Sequence[Tensor]) -> Tensor:
         row = _mixed(row + _GOLDEN * (index + 1))
     bits = (row ^ _mixed(_GOLDEN * (indices[-1] + 1))) * _FIRST
     bits = (bits ^ (bits >> 29)) >> (63 - _BITS)
-    return (bits & (2**_BITS - 1)) >= round(probability * 2**_BITS)
+    keep: Tensor = (bits & (2**_BITS - 1)) >= round(probability * 2**_BITS)
+    return keep
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -113,7 +113,9 @@ def evaluate(program: Expr, scope: Scope) -> Tensor:
             kind = {bool: torch.bool, int: torch.int64, float: scope.dtype}[type(value)]
             return torch.scalar_tensor(value, dtype=kind, device=scope.device)
         case Apply(op, args):
-            return applied(op, [evaluate(arg, scope) for arg in args], scope.dtype)
+            # derivatives multiply equal parts, such as tanh(x) * tanh(x)
+            values = {arg: evaluate(arg, scope) for arg in dict.fromkeys(args)}
+            return applied(op, [values[arg] for arg in args], scope.dtype)
     raise BadProgram(f"a program reads {type(program).__name__.lower()} where there is none")
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tests.support.golden import Golden
 
@@ -15,11 +14,13 @@ from tests.support.golden import Golden
 _COMMON = settings(
     deadline=None,
     report_multiple_bugs=False,
+    # without the search for explanations, which replays a failure hundreds of times
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
 )
 settings.register_profile("ci", _COMMON, derandomize=True, max_examples=40)
 settings.register_profile("night", _COMMON, max_examples=2000, print_blob=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

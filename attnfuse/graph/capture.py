@@ -7,6 +7,7 @@ methods; it is traced once more, before dispatch, and what is found in the trace
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch._guards import tracing
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import (
@@ -65,16 +67,14 @@ def fake_mode_of(graph: Graph) -> FakeTensorMode | None:
 
 
 def _is_aten(graph: Graph) -> bool:
-    return not any(
-        node.op in ("call_method", "call_module")
-        or (node.op == "call_function" and getattr(node.target, "__module__", "").startswith(("torch.nn", "torch._C")))
-        or node.target in _TORCH_FUNCTIONS
-        for node in graph.nodes
-    )
+    """Whether every tensor in the graph is an operator's result, or an element of one."""
+    return not any(node.op in ("call_method", "call_module") or _is_torch_function(node) for node in graph.nodes)
 
 
-#: Functions that a Dynamo graph has where an ATen graph has an operator.
-_TORCH_FUNCTIONS = frozenset((torch.matmul, torch.softmax, torch.bmm, torch.einsum, torch.baddbmm))
+def _is_torch_function(node: Node) -> bool:
+    known = (OpOverload, HigherOrderOperator)
+    is_call = node.op == "call_function" and node.target is not operator.getitem
+    return is_call and facts.is_tensor(node) and not isinstance(node.target, known)
 
 
 def _traced(module: GraphModule) -> Captured:

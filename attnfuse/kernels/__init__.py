@@ -1,4 +1,4 @@
-"""The kernels: what each can compute, what it costs, and which is chosen. The order of imports is the order of preference."""
+"""The kernels: what each can compute, what it costs, and which is chosen."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ each measured row. What is decided is which of two is faster, and their ratio mo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,21 +40,26 @@ class Rates:
     #: Each score, when all of them exceed the last-level cache.
     spilled: float = 1.6
     #: A training step, in forwards.
-    training_blocked: float = 4.3
+    training_blocked: float = 4.0
     training_flash: float = 3.8
-    training_unfused: float = 3.0
+    training_unfused: float = 2.6
+    #: Each score of a captured bias whose gradient is asked for.
+    bias_gradient: float = 0.0
 
 
 FLOAT = Rates(product=0.0211, flash=0.0243)
 BFLOAT16 = Rates(
-    0.0095, 0.0258, 1.0, softmax=1.3, softmax_unfused=1.1, tanh=0.7, band=1.2, spilled=2.6, training_blocked=4.2
-)
-HALF = Rates(0.0130, 0.0390, 1.0, softmax=1.3, softmax_unfused=1.1, tanh=0.7, band=1.2, spilled=2.6)
+    product=0.0095, flash=0.0258, pack=1.0, softmax=1.3, softmax_unfused=1.1, tanh=0.7, band=1.2, spilled=2.6,
+    training_blocked=3.4, training_unfused=2.2, bias_gradient=4.0,
+)  # fmt: skip
+HALF = replace(BFLOAT16, product=0.0130, flash=0.0390, training_flash=18.0)
 DOUBLE = Rates(0.0440, 0.0600, softmax=2.0, softmax_unfused=3.0, tanh=5.0)
 RATES = {torch.float32: FLOAT, torch.bfloat16: BFLOAT16, torch.float16: HALF, torch.float64: DOUBLE}
 
 #: Each score: a step in place, a step out of place, a transcendental, Inductor's tanh, a sink's concatenation.
 STEP, COPYING_STEP, TRANSCENDENTAL, TANH_UNFUSED, SINK_UNFUSED = 0.1, 0.8, 0.8, 1.7, 0.4
+#: Each score: the derivative of a tanh.
+TANH_AGAIN = 2.5
 #: Each weight of dropout's mask, drawn by us and by Inductor.
 DROPOUT, DROPOUT_UNFUSED = 3.0, 2.0
 #: Each byte from memory.
@@ -74,8 +79,11 @@ def blocked(problem: Problem) -> float:
     each += 0.0 if band.open else rates.band
     scores = problem.scores * _reached(band, problem, ROWS_IN_BLOCK)
     calls = BLOCK * math.ceil(scores / (SCORES_IN_BLOCK * threads)) + CALL
-    steps = rates.training_blocked if problem.training else 1.0
-    return steps * (scores * each / threads + calls + _kv_bytes(problem) * BYTE / threads) * 1e-9
+    forward = scores * each / threads + calls + _kv_bytes(problem) * BYTE / threads
+    if not problem.training:
+        return forward * 1e-9
+    again = TANH_AGAIN * _count(problem, "tanh") + rates.bias_gradient * any(x.requires_grad for x in problem.captures)
+    return (rates.training_blocked * forward + scores * again / threads) * 1e-9
 
 
 def direct(problem: Problem) -> float:
@@ -91,7 +99,7 @@ def sdpa(problem: Problem) -> float:
     each = _contraction(problem, rates.flash) + _capture_bytes(problem) / max(problem.scores, 1) * BYTE * 2
     each += 2.0 if masked and problem.query.dtype != torch.float32 and band.open else 0.0
     packed = rates.pack * problem.heads * math.ceil(problem.rows / 256) * problem.keys * _width(problem)
-    scores = problem.scores * _reached(band, problem, 256)
+    scores = problem.scores * _reached(band, problem, 512)
     steps = rates.training_flash if problem.training else 1.0
     return steps * ((scores * each + packed + _kv_bytes(problem) * BYTE) / threads + FLASH_CALL) * 1e-9
 

@@ -74,7 +74,10 @@ class Kernel(ABC):
         captures: Sequence[Tensor],
         symbols: Sequence[int],
     ) -> Tensor:
-        """:meth:`run` as a program to be traced: differentiable, without mutation, blind to data, sizes perhaps symbolic."""
+        """:meth:`run` as a program to be traced: differentiable, without mutation, blind to data.
+
+        Sizes may be symbolic.
+        """
         return self.run(spec, query, key, value, captures, symbols)
 
     def run_with_lse(

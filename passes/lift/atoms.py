@@ -14,7 +14,7 @@ from attnfuse.axes import Axis, Index
 from attnfuse.passes.site import Leaf, Place
 from attnfuse.score import Expr
 
-__all__ = ["Atom", "Dot", "Dropped", "Leaf", "Place", "RowMax", "Softmax"]
+__all__ = ["Atom", "Dot", "Dropped", "Leaf", "Place", "Reduced", "Softmax"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class Softmax:
 
 
 @dataclass(frozen=True)
-class RowMax:
-    """The maximum of ``operand`` over dimension ``dim``; ``place`` has a 0 there."""
+class Reduced:
+    """``kind`` ("max", "sum" or "logsumexp") of ``operand`` over dimension ``dim``; ``place`` has a 0 there."""
 
+    kind: str
     node: Node
     operand: Node
     dim: int
@@ -62,4 +63,4 @@ class Dropped:
     inner: Expr
 
 
-Atom = Leaf | Dot | Softmax | RowMax | Dropped
+Atom = Leaf | Dot | Softmax | Reduced | Dropped

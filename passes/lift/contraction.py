@@ -68,10 +68,10 @@ def _linear(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
 
 def _einsum(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     tensors = args["tensors"]
-    terms, arrow, result = _without_ellipsis(args["equation"].replace(" ", ""), tensors).partition("->")
+    if len(tensors) != 2:
+        raise Unreadable("an einsum that is not a product of two tensors")
+    terms, _, result = _explicit(args["equation"].replace(" ", ""), tensors).partition("->")
     letters = terms.split(",")
-    if not arrow or len(tensors) != 2:
-        raise Unreadable("an einsum that is not an explicit product of two tensors")
     at = dict(zip(result, place, strict=True))
     for tensor, names in zip(tensors, letters, strict=True):
         for name, size in zip(names, facts.shape(tensor), strict=True):
@@ -87,8 +87,11 @@ def _einsum(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     return reader.atom(Dot(node, place, tensors[0], left, tensors[1], right, summed))
 
 
-def _without_ellipsis(equation: str, tensors: Sequence[Node]) -> str:
-    """``...`` spelled with letters of its own, aligned right as it broadcasts."""
+def _explicit(equation: str, tensors: Sequence[Node]) -> str:
+    """The equation with its result spelled, and ``...`` with letters of its own, aligned right as it broadcasts."""
+    if "->" not in equation:
+        once = sorted(x for x in equation if x.isalpha() and equation.count(x) == 1)
+        equation += "->" + ("..." if "..." in equation else "") + "".join(once)
     terms = equation.partition("->")[0].split(",")
     spans = [facts.rank(t) - len(term) + 3 for t, term in zip(tensors, terms, strict=True) if "..." in term]
     fresh = [letter for letter in ascii_letters if letter not in equation][: max(spans, default=0)]
@@ -98,6 +101,20 @@ def _without_ellipsis(equation: str, tensors: Sequence[Node]) -> str:
     return equation.replace("...", "".join(fresh))
 
 
+def _tensordot(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    left, right = args["self"], args["other"]
+    left_dims = [d % facts.rank(left) for d in args["dims_self"]]
+    right_dims = [d % facts.rank(right) for d in args["dims_other"]]
+    summed = [reader.space.fresh(facts.shape(left)[d]) for d in left_dims]
+    rest = iter(place)
+    left_place, right_place = (
+        tuple(summed[dims.index(d)] if d in dims else next(rest) for d in range(facts.rank(tensor)))
+        for tensor, dims in ((left, left_dims), (right, right_dims))
+    )
+    axes = tuple(axis for index in summed for axis in index.axes)
+    return reader.atom(Dot(node, place, left, left_place, right, right_place, axes))
+
+
 #: Sums of products, by ATen name.
 CONTRACTIONS: dict[str, Rule] = {
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
@@ -105,4 +122,5 @@ CONTRACTIONS: dict[str, Rule] = {
     "addmm": _with_addend("mat1", "mat2"),
     "linear": _linear,
     "einsum": _einsum,
+    "tensordot": _tensordot,
 }

@@ -1,27 +1,28 @@
-"""Normalisers: softmax over any axis, with any extra columns, and the maximum that people subtract first."""
+"""Normalisers: softmax as one operation, or written out as ``exp(x) / sum(exp(x))`` or ``exp(x - logsumexp(x))``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeGuard
 
 from torch.fx import Node
 
 from attnfuse.algebra import normalise
 from attnfuse.axes import Index, Size, Unreadable
 from attnfuse.graph import facts
-from attnfuse.passes.lift.atoms import Place, RowMax, Softmax
-from attnfuse.passes.lift.pointwise import cast
+from attnfuse.passes.lift.atoms import Atom, Place, Reduced, Softmax
+from attnfuse.passes.lift.pointwise import POINTWISE, cast
 from attnfuse.passes.lift.reader import Reader, Rule
-from attnfuse.passes.lift.view import VIEWS
+from attnfuse.passes.lift.reduction import read_whole
 from attnfuse.score import Apply, Capture, Const, Expr, apply, rewrite, walk
 
-__all__ = ["NORMALISERS", "SOFTMAX_NAMES"]
+__all__ = ["NORMALISERS", "NORMALISER_NAMES", "divided_by_sum"]
 
 Arguments = Mapping[str, Any]
 
-#: What ends a chain of pointwise operations as a normaliser.
-SOFTMAX_NAMES = ("softmax", "_softmax", "special_softmax")
+#: What a chain of operations that makes weights begins with.
+NORMALISER_NAMES = ("softmax", "_softmax", "special_softmax", "log_softmax", "_log_softmax", "exp")
 
 #: More columns than this beside the keys are not sinks.
 _MAX_EXTRA = 4
@@ -31,12 +32,18 @@ def _softmax(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     source: Node = args["self"]
     dim = args["dim"] % len(place)
     key = reader.space.resolved(place[dim])
-    logit = _shifted_by_max(reader, source, dim, place, node)
-    extra = tuple(
-        _shifted_by_max(reader, source, dim, (*place[:dim], Index((), at), *place[dim + 1 :]), node)
-        for at in _beyond(key, facts.shape(source)[dim])
-    )
-    return reader.atom(Softmax(node, key, logit, extra))
+
+    def logit(at: Index) -> Expr:
+        there = (*place[:dim], at, *place[dim + 1 :])
+        read = cast(reader, reader.read(source, there), facts.dtype(source), facts.dtype(node))
+        return _unshifted(reader, read, dim, there)
+
+    extra = tuple(logit(Index((), at)) for at in _beyond(key, facts.shape(source)[dim]))
+    return reader.atom(Softmax(node, key, logit(key), extra))
+
+
+def _log_softmax(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    return apply("log", _softmax(reader, node, args, place))
 
 
 def _beyond(key: Index, size: Size) -> range:
@@ -50,51 +57,103 @@ def _beyond(key: Index, size: Size) -> range:
     return range(key.extent, size)
 
 
-def _shifted_by_max(reader: Reader, source: Node, dim: int, place: Place, node: Node) -> Expr:
+def _unshifted(reader: Reader, logit: Expr, dim: int, place: Place) -> Expr:
     """The logit, without a subtracted row maximum: softmax does not change under a shift of its row.
 
     Only a multiple of the logits' own maximum is dropped, as in ``x - max(x)`` or ``c * (x / c - max(x / c))``.
     It is finite wherever any result is, and where it is not, the shifted row and the unshifted one are NaN alike.
     """
-    logit = cast(reader, reader.read(source, place), facts.dtype(source), facts.dtype(node))
-    row = (*place[:dim], Index(), *place[dim + 1 :])
+    row = reader.final((*place[:dim], Index(), *place[dim + 1 :]))
     for part in walk(logit):
         match part:
             case Apply("mul", (Const(factor), Capture(slot))) if factor < 0:
                 atom = reader.atoms[slot]
-                if isinstance(atom, RowMax) and (atom.dim, reader.final(atom.place)) == (dim, reader.final(row)):
+                if _is_row(atom, reader, "max", dim, row):
                     own = apply("mul", Const(-factor), reader.read(atom.operand, place))
-                    plain = rewrite(logit, lambda e, part=part: Const(0.0) if e == part else e)
-                    if normalise(own, reader.kind_of) == normalise(plain, reader.kind_of):
+                    plain = rewrite(logit, partial(_dropped, part))
+                    if _same(reader, own, plain):
                         return own
     return logit
 
 
-def _row_max(reader: Reader, node: Node, operand: Node, dim: int, keepdim: bool, place: Place) -> Expr:
-    at = dim % facts.rank(operand)
-    full = (*place[:at], Index(), *place[at + (1 if keepdim else 0) :])
-    return reader.atom(RowMax(node, operand, at, full))
+def _dropped(summand: Expr, expr: Expr) -> Expr:
+    return Const(0.0) if expr == summand else expr
 
 
-def _amax(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
-    dims = args["dim"]
-    if len(dims) != 1:
-        raise Unreadable("a maximum over several dimensions")
-    return _row_max(reader, node, args["self"], dims[0], args["keepdim"], place)
+def _is_row(atom: Atom, reader: Reader, kind: str, dim: int, row: Place) -> TypeGuard[Reduced]:
+    return isinstance(atom, Reduced) and (atom.kind, atom.dim, reader.final(atom.place)) == (kind, dim, row)
 
 
-def _getitem(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
-    """``x.max(dim).values``, or a piece of a split."""
-    many, number = node.args
-    if isinstance(many, Node) and facts.op_name(many) == "max" and number == 0:
-        inner = facts.arguments(many)
-        return _row_max(reader, node, inner["self"], inner["dim"], inner["keepdim"], place)
-    return VIEWS["getitem"](reader, node, args, place)
+def _same(reader: Reader, a: Expr, b: Expr) -> bool:
+    return normalise(a, reader.kind_of) == normalise(b, reader.kind_of)
 
 
-#: Softmax and the maximum, by ATen name.
+# --- written out ------------------------------------------------------------------------------------
+
+
+def divided_by_sum(reader: Reader, numerator: Expr, divisor: Expr, key: Index, node: Node) -> Softmax | None:
+    """``exp(x) / sum(exp(x))`` as the softmax that it is, read at ``key``; None where it is not one.
+
+    ``1 + sum(exp(x))`` is a softmax with one more column, of logit 0.
+    """
+    extra: tuple[Expr, ...] = ()
+    match divisor:
+        case Apply("add", (Capture() as total, Const(1.0))):
+            divisor, extra = total, (Const(0.0),)
+    match numerator, divisor:
+        case Apply("exp", (logit,)), Capture(slot):
+            atom = reader.atoms[slot]
+            if (
+                isinstance(atom, Reduced)
+                and atom.kind == "sum"
+                and _same(reader, read_whole(reader, atom, key), numerator)
+            ):
+                place = (*atom.place[: atom.dim], key, *atom.place[atom.dim + 1 :])
+                plain = _unshifted(reader, logit, atom.dim, place)
+                if not extra or plain == logit:
+                    return Softmax(node, key, plain, extra)
+    return None
+
+
+def _div(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    quotient = normalise(POINTWISE["div"](reader, node, args, place), reader.kind_of)
+    return _as_softmax(reader, quotient, node, place)
+
+
+def _mul(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    product = normalise(POINTWISE["mul"](reader, node, args, place), reader.kind_of)
+    return _as_softmax(reader, product, node, place)
+
+
+def _as_softmax(reader: Reader, expr: Expr, node: Node, place: Place) -> Expr:
+    match expr:
+        case Apply("div", (numerator, divisor)):
+            for slot in (part.slot for part in walk(divisor) if isinstance(part, Capture)):
+                atom = reader.atoms[slot]
+                if isinstance(atom, Reduced) and len(place) == len(atom.place):
+                    found = divided_by_sum(reader, numerator, divisor, place[atom.dim], node)
+                    return expr if found is None else reader.atom(found)
+    return expr
+
+
+def _exp(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    """``exp(x - logsumexp(x))``."""
+    expr = normalise(POINTWISE["exp"](reader, node, args, place), reader.kind_of)
+    match expr:
+        case Apply("exp", (Apply("add", (logit, Apply("mul", (Const(-1.0), Capture(slot))))),)):
+            atom = reader.atoms[slot]
+            if isinstance(atom, Reduced) and atom.kind == "logsumexp" and len(place) == len(atom.place):
+                key = place[atom.dim]
+                if _same(reader, read_whole(reader, atom, key), logit):
+                    return reader.atom(Softmax(node, key, logit, ()))
+    return expr
+
+
+#: Softmax and what it is written out with, by ATen name. They come before the rules of the same names.
 NORMALISERS: dict[str, Rule] = {
-    **dict.fromkeys(SOFTMAX_NAMES, _softmax),
-    "amax": _amax,
-    "getitem": _getitem,
+    **dict.fromkeys(("softmax", "_softmax", "special_softmax"), _softmax),
+    **dict.fromkeys(("log_softmax", "_log_softmax"), _log_softmax),
+    "div": _div,
+    "mul": _mul,
+    "exp": _exp,
 }

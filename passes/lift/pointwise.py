@@ -148,6 +148,20 @@ def _rounded(expr: Expr, target: torch.dtype) -> Expr:
     return Const(torch.tensor(float(expr.value), dtype=torch.float64).to(target).item())
 
 
+def _nan_to_num(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    limits = torch.finfo(facts.dtype(node))
+    given = (args.get(name) for name in ("nan", "posinf", "neginf"))
+    nan, high, low = (
+        Const(default if value is None else float(value))
+        for value, default in zip(given, (0.0, limits.max, limits.min), strict=True)
+    )
+    x = reader.read(args["self"], place)
+    bounded = apply("max", apply("min", x, high), low)
+    if high.value < limits.max or low.value > limits.min:
+        raise Unreadable("infinities replaced by small numbers")
+    return apply("where", apply("isnan", x), nan, bounded)
+
+
 def _dropout(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     inner = reader.read(args["input"], place)
     if not args["train"] or args["p"] == 0.0:
@@ -186,4 +200,5 @@ POINTWISE: dict[str, Rule] = {
     "where": _where,
     "masked_fill": _masked_fill,
     "dropout": _dropout,
+    "nan_to_num": _nan_to_num,
 }

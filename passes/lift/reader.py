@@ -22,7 +22,7 @@ from attnfuse.algebra import Kind, kind, normalise
 from attnfuse.axes import Index, Size, Space, Unreadable
 from attnfuse.graph import facts
 from attnfuse.graph.order import Order
-from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, RowMax, Softmax
+from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, Reduced, Softmax
 from attnfuse.score import Apply, Capture, Const, Expr, Symbol, apply, walk
 from attnfuse.score import Index as Variable
 
@@ -139,7 +139,7 @@ class Reader:
 
     def is_score_or_weight(self, slot: int) -> bool:
         """Whether the atom in a slot is a contraction, or comes from a normaliser."""
-        return isinstance(self.atoms[slot], (Dot, Softmax, RowMax, Dropped))
+        return isinstance(self.atoms[slot], (Dot, Softmax, Reduced, Dropped))
 
     def kind(self, expr: Expr) -> Kind:
         """bool, int or float: what an expression of this reader evaluates to."""

@@ -6,240 +6,101 @@ cannot be lifted is a :class:`Refused` that says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch.fx import Graph, Node
 
-from attnfuse.algebra import normalise
-from attnfuse.axes import Axis, Unreadable
+from attnfuse.axes import Unreadable
 from attnfuse.errors import Refused
 from attnfuse.graph import facts
 from attnfuse.graph.order import Order
-from attnfuse.passes.lift.atoms import Dot, Dropped, Leaf, Place, Softmax
+from attnfuse.passes.lift.assemble import read_site
 from attnfuse.passes.lift.contraction import CONTRACTIONS
 from attnfuse.passes.lift.create import CREATE
 from attnfuse.passes.lift.hazards import without_hazards
-from attnfuse.passes.lift.normaliser import NORMALISERS, SOFTMAX_NAMES
-from attnfuse.passes.lift.operand import factored, viewed
+from attnfuse.passes.lift.normaliser import NORMALISER_NAMES, NORMALISERS
 from attnfuse.passes.lift.pointwise import POINTWISE
 from attnfuse.passes.lift.reader import Reader, Rules
+from attnfuse.passes.lift.reduction import REDUCTIONS, is_product_sum
 from attnfuse.passes.lift.view import VIEWS
-from attnfuse.passes.site import Operand, Site
-from attnfuse.score import Capture, Expr, P, S, apply, rewrite, walk
+from attnfuse.passes.site import Site
 
 __all__ = ["lift"]
 
-_RULES: Rules = {**VIEWS, **POINTWISE, **CREATE, **CONTRACTIONS, **NORMALISERS}
+#: Everything that is read, later rules before earlier ones of the same name.
+_RULES: Rules = {**VIEWS, **POINTWISE, **CREATE, **CONTRACTIONS, **REDUCTIONS, **NORMALISERS}
+
+#: What scores and weights pass through without a new contraction.
+_THROUGH = frozenset((*VIEWS, *POINTWISE, *REDUCTIONS, *NORMALISERS))
+
+Found = list[Site | Refused]
 
 
-def lift(graph: Graph, is_given: Callable[[Node], bool] = lambda node: True) -> list[Site | Refused]:
+def lift(graph: Graph, is_given: Callable[[Node], bool] = lambda node: True) -> Found:
     """Every attention site of an ATen graph, in graph order; linear in its size.
 
     ``is_given`` says which nodes' values a fused node could be handed.
     """
-    weighted = _downstream(graph, SOFTMAX_NAMES)
-    scored = _downstream(graph, tuple(CONTRACTIONS))
     order = Order.of(graph)
-    found: list[Site | Refused] = []
+    return [item for node, start in _candidates(graph) for item in _attempt(node, start, order, is_given)]
+
+
+def _candidates(graph: Graph) -> list[tuple[Node, Node]]:
+    """Contractions of something that a normaliser of scores made, or quotients of such; with the normaliser."""
+    scored = _downstream(graph, _is_score_product)
+    weighted = _downstream(graph, lambda n: facts.op_name(n) in NORMALISER_NAMES and n.all_input_nodes[0] in scored)
+    products = {node: start for node in graph.nodes if _is_product(node) and (start := _reached(node, weighted))}
+    summed = _downstream(graph, products.__contains__)
+    found: list[tuple[Node, Node]] = []
     for node in graph.nodes:
-        if _base(node) not in CONTRACTIONS:
-            continue
-        for side in node.all_input_nodes:
-            if (softmax := weighted.get(side)) is not None and scored.get(softmax.all_input_nodes[0]) is not None:
-                found += _attempt(node, softmax, order, Reader(_RULES, order, is_given))
-                break
+        if node in products:
+            found.append((node, products[node]))
+        elif facts.op_name(node) == "div" and node.all_input_nodes[0] in summed:
+            found.append((node, products[summed[node.all_input_nodes[0]]]))
     return found
 
 
-def _downstream(graph: Graph, names: tuple[str, ...]) -> dict[Node, Node]:
-    """Nodes reached from an operation of ``names`` by views and pointwise operations, with that operation.
+def _is_product(node: Node) -> bool:
+    return _base(node) in CONTRACTIONS or is_product_sum(node)
 
-    ``linear`` does not count as a start: a softmax of a projection is a router, not attention.
-    """
-    through = {**VIEWS, **POINTWISE}
+
+def _is_score_product(node: Node) -> bool:
+    """``linear`` does not count: a softmax of a projection is a router, not attention."""
+    return _is_product(node) and _base(node) != "linear"
+
+
+def _reached(node: Node, reached: dict[Node, Node]) -> Node | None:
+    """The start that one of a node's operands comes from; a broadcast product is looked through."""
+    operands = node.all_input_nodes[0].all_input_nodes if is_product_sum(node) else node.all_input_nodes
+    return next((reached[arg] for arg in operands if arg in reached), None)
+
+
+def _downstream(graph: Graph, is_start: Callable[[Node], bool]) -> dict[Node, Node]:
+    """Nodes reached from a start by views and pointwise operations, with the last start on the way."""
     reached: dict[Node, Node] = {}
     for node in graph.nodes:
-        name = _base(node)
-        if name in names and name != "linear":
+        if node.op == "call_function" and node.all_input_nodes and is_start(node):
             reached[node] = node
-        elif name in through or name in NORMALISERS:
-            start = next((reached[arg] for arg in node.all_input_nodes if arg in reached), None)
-            if start is not None and name not in SOFTMAX_NAMES:
-                reached[node] = start
+        elif _base(node) in _THROUGH and (start := _reached_by(node.all_input_nodes, reached)):
+            reached[node] = start
     return reached
 
 
+def _reached_by(nodes: Collection[Node], reached: dict[Node, Node]) -> Node | None:
+    return next((reached[node] for node in nodes if node in reached), None)
+
+
 def _base(node: Node) -> str:
+    """An operation's name without the underscore of its in-place variant."""
     name = facts.op_name(node)
-    return name if name in NORMALISERS else name.rstrip("_") or name
+    return name if name in _THROUGH or name in CONTRACTIONS else name.rstrip("_")
 
 
-def _attempt(node: Node, softmax: Node, order: Order, reader: Reader) -> list[Site | Refused]:
+def _attempt(node: Node, start: Node, order: Order, is_given: Callable[[Node], bool]) -> Found:
     try:
-        site = _read_site(reader, node)
-        if site is not None:
-            site = without_hazards(site, order)
+        site = read_site(Reader(_RULES, order, is_given), node)
+        return [] if site is None else [without_hazards(site, order)]
     except Unreadable as error:
-        return [_refusal(str(error), softmax)]
+        return [Refused(str(error), start.name, facts.source_line(start))]
     except Refused as refusal:
         return [refusal]
-    return [] if site is None else [site]
-
-
-def _refusal(reason: str, node: Node, remedy: str = "") -> Refused:
-    return Refused(reason, node.name, facts.source_line(node), remedy)
-
-
-def _read_site(reader: Reader, node: Node) -> Site | None:
-    if any(size == 0 for size in facts.shape(node)):
-        raise Unreadable("a dimension is empty")
-    place = tuple(map(reader.space.fresh, facts.shape(node)))
-    outer = _top_product(reader, node, place)
-    sides = ((outer.left, outer.left_place), (outer.right, outer.right_place))
-    for (weights, weight_place), (values, value_place) in (sides, sides[::-1]):
-        read = reader.read(weights, weight_place)
-        softmax = _softmax_over(reader, read, outer)
-        if softmax is not None:
-            return _assemble(reader, outer, softmax, read, (weight_place, values, value_place))
-    return None
-
-
-def _top_product(reader: Reader, node: Node, place: Place) -> Dot:
-    match reader.read(node, place):
-        case Capture(slot):
-            atom = reader.atoms[slot]
-            if isinstance(atom, Dot):
-                return atom
-    reason = reader.unread.get(node, "it is scaled or added to in the same operation")
-    raise Unreadable(f"the product with the values cannot be read: {reason}")
-
-
-def _softmax_over(reader: Reader, weights: Expr, outer: Dot) -> Softmax | None:
-    found = [atom for atom in _atoms(reader, weights) if isinstance(atom, Softmax)]
-    if not found:
-        return None
-    if len(found) > 1:
-        raise _refusal("the weights mix several softmaxes", outer.node)
-    (softmax,) = found
-    if reader.space.resolve(softmax.key.axes) != reader.space.resolve(outer.axes):
-        raise _refusal("the softmax runs over another axis than the product with the values sums over", softmax.node)
-    return softmax
-
-
-def _atoms(reader: Reader, expr: Expr) -> list[object]:
-    """The atoms an expression reads, through dropout."""
-    found: list[object] = []
-    for part in walk(expr):
-        if isinstance(part, Capture):
-            atom = reader.atoms[part.slot]
-            found.append(atom)
-            if isinstance(atom, Dropped):
-                found += _atoms(reader, atom.inner)
-    return found
-
-
-def _assemble(
-    reader: Reader, outer: Dot, softmax: Softmax, weights: Expr, sides: tuple[Place, Node, Place]
-) -> Site | None:
-    weight_place, values, value_place = sides
-    inner = _score_product(reader, softmax, value_place)
-    if inner is None:
-        return None
-    query, key = (factored(reader, *side, inner.node) for side in _query_and_key(reader, inner, softmax))
-    value = viewed(reader, values, value_place, outer.node)
-    dropout, weight = _weight_program(reader, weights, softmax)
-    dot = apply("mul", apply("mul", query.factor, key.factor), S)
-    slot = reader.atom(inner)
-    score = rewrite(softmax.logit, lambda e: dot if e == slot else e)
-    programs = [_leaves_only(reader, program) for program in (score, weight, *softmax.extra)]
-    return Site(
-        node=outer.node,
-        product=inner.node,
-        softmax=softmax.node,
-        place=reader.final(outer.place),
-        weight_place=reader.final(weight_place),
-        keys=reader.space.resolve(outer.axes),
-        inner=reader.space.resolve(inner.axes),
-        query=_final(reader, query),
-        key=_final(reader, key),
-        value=_final(reader, value),
-        score=normalise(programs[0], reader.kind_of),
-        weight=programs[1],
-        extra=tuple(programs[2:]),
-        dropout=dropout,
-        leaves={
-            slot: Leaf(atom.node, reader.final(atom.place))
-            for slot, atom in enumerate(reader.atoms)
-            if isinstance(atom, Leaf)
-        },
-        variables={name: reader.space.resolve(index.axes) for name, index in reader.axes.items()},
-        symbols=tuple(reader.symbols),
-        consumers=dict(reader.consumer),
-        reads={node: reader.final(place) for node, place in reversed(reader.trail)},
-    )
-
-
-def _final(reader: Reader, operand: Operand) -> Operand:
-    return Operand(operand.factor, tuple(Leaf(leaf.node, reader.final(leaf.place)) for leaf in operand.views))
-
-
-def _score_product(reader: Reader, softmax: Softmax, value_place: Place) -> Dot | None:
-    """The product of queries and keys: of the contractions in the logit that have the key axis on one side
-    only, the one whose key side has the fewest axes that the values lack (a relative position has more).
-    """
-    shared = _axes(reader, value_place)
-    candidates: list[tuple[int, Dot]] = []
-    for atom in _atoms(reader, softmax.logit):
-        if isinstance(atom, Dot):
-            keyed = [p for p in (atom.left_place, atom.right_place) if _reads_key(reader, p, softmax)]
-            if len(keyed) == 1:
-                candidates.append((len(_axes(reader, keyed[0]) - shared), atom))
-    return min(candidates, key=lambda c: c[0])[1] if candidates else None
-
-
-def _axes(reader: Reader, place: Place) -> set[Axis]:
-    return {axis for index in place for axis in reader.space.resolve(index.axes)}
-
-
-def _reads_key(reader: Reader, place: Place, softmax: Softmax) -> bool:
-    return bool(_axes(reader, place) & set(reader.space.resolve(softmax.key.axes)))
-
-
-def _query_and_key(reader: Reader, inner: Dot, softmax: Softmax) -> tuple[tuple[Node, Place], tuple[Node, Place]]:
-    left, right = (inner.left, inner.left_place), (inner.right, inner.right_place)
-    return (right, left) if _reads_key(reader, inner.left_place, softmax) else (left, right)
-
-
-def _weight_program(reader: Reader, weights: Expr, softmax: Softmax) -> tuple[float, Expr]:
-    """Dropout's rate and what happens to a weight before it."""
-    rate = 0.0
-    match weights:
-        case Capture(slot):
-            atom = reader.atoms[slot]
-            if isinstance(atom, Dropped):
-                rate, weights = atom.rate, atom.inner
-    normalised = reader.atom(softmax)
-    weight = rewrite(weights, lambda e: P if e == normalised else e)
-    if any(isinstance(atom, (Dropped, Softmax)) for atom in _atoms(reader, weight)):
-        raise _refusal("something happens to the weights after dropout", softmax.node)
-    return rate, weight
-
-
-def _leaves_only(reader: Reader, expr: Expr) -> Expr:
-    """Every atom that is no leaf, such as a second product, taken as the tensor that it is."""
-
-    def as_leaf(part: Expr) -> Expr:
-        if not isinstance(part, Capture):
-            return part
-        atom = reader.atoms[part.slot]
-        if isinstance(atom, Leaf):
-            return part
-        place = atom.place if isinstance(atom, Dot) else None
-        if place is None:
-            raise _refusal("the logits hold another reduction", atom.node)
-        leaf = reader.leaf(atom.node, place)
-        if not reader.is_plain(Leaf(atom.node, place)):
-            raise _refusal("the logits hold a product that is read in part", atom.node)
-        return leaf
-
-    return rewrite(expr, as_leaf)

@@ -41,7 +41,7 @@ def program() -> ExportedProgram:
     """Attention with a cache that it writes into and a length that is free from 2 to 64."""
     torch.manual_seed(0)
     inputs = (torch.randn(2, 24, 16),)
-    return torch.export.export(Cached().eval(), inputs, dynamic_shapes=({1: Dim("length", min=2, max=64)},))
+    return torch.export.export(Cached().eval(), inputs, dynamic_shapes=({1: Dim.AUTO(min=2, max=64)},))
 
 
 @pytest.fixture(scope="session")

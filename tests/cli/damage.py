@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ def edited(archive: bytes, edit: Edit) -> bytes:
 def with_record(archive: bytes, record: str, data: bytes) -> bytes:
     """The archive with one record more."""
     result = io.BytesIO(archive)
-    with zipfile.ZipFile(result, "a") as target:
+    with zipfile.ZipFile(result, "a") as target, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile warns of a name that is there already
         root = target.namelist()[0].partition("/")[0]
         target.writestr(f"{root}/{record}", data)
     return result.getvalue()

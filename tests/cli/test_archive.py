@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.export import ExportedProgram
+from torch.export.pt2_archive import constants
 
 from attnfuse.errors import BadInput
 from attnfuse.pt2 import load, save
@@ -55,6 +56,8 @@ def test_a_threat_is_refused_and_does_not_run(
 @pytest.mark.parametrize("name", THREATS)
 def test_the_threats_are_real(name: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With trust each of them does run, on loading or on the first use: the refusals above refuse something."""
+    if name == "pickled-constant" and not hasattr(constants, "OPAQUE_OBJ_FILENAME_PREFIX"):
+        pytest.skip("this torch has no opaque constants yet")
     monkeypatch.syspath_prepend(tmp_path)
     threat, _ = THREATS[name]
     path, canary = tmp_path / "bad.pt2", tmp_path / "canary"

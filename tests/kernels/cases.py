@@ -48,6 +48,7 @@ SPECS = {
     "documents": spec("where(t0 == t1, 0.3 * s, -inf)", "int64[b0,m]", "int64[b0,n]"),
     "prefix": spec("where((n <= m) | (n < 7), 0.3 * s, -inf)"),
     "bias": spec("0.3 * s + t0", "float32[h,m,n]"),
+    "bias of everything": spec("0.3 * s + t0", "float32[b0,h,m,n]"),
     "two biases": spec("0.3 * s + t0 + t1", "float32[h,m,n]", "float32[b0,n]"),
     "alibi": spec("where(n <= m, 0.3 * s + t0 * (n - m), -inf)", "float32[h]"),
     "softcap": spec("5.0 * tanh(0.3 * s / 5.0)"),
@@ -87,7 +88,10 @@ SIZES = {
     "one key": Sizes(rows=5, keys=1),
     "several blocks": Sizes(batch=(1,), heads=2, kv_heads=1, rows=301, keys=307, width=16, value_width=16),
 }
-BATCHES = {"no batch": Sizes(batch=(), rows=11, keys=11), "two batches": Sizes(batch=(2, 3), heads=2, kv_heads=1, rows=9)}
+BATCHES = {
+    "no batch": Sizes(batch=(), rows=11, keys=11),
+    "two batches": Sizes(batch=(2, 3), heads=2, kv_heads=1, rows=9),
+}
 
 
 @dataclass(frozen=True)
@@ -171,8 +175,10 @@ def written_out(given: Case) -> Tensor:
     return weight.to(given.value.dtype) @ repeat_heads(given.value, heads)
 
 
-def assert_as_exact(found: Sequence[Tensor], source: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
-    """NaN at the same positions; errors against ``truth`` at most twice those of ``source``, plus four roundings.
+def assert_as_exact(
+    found: Sequence[Tensor], source: Sequence[Tensor], truth: Sequence[Tensor], roundings: float = 4.0
+) -> None:
+    """NaN at the same positions; errors against ``truth`` at most twice those of ``source``, plus ``roundings``.
 
     Behind float64 there is no more exact type: truth has rounding errors of its own, of sums over the keys.
     """
@@ -180,8 +186,10 @@ def assert_as_exact(found: Sequence[Tensor], source: Sequence[Tensor], truth: Se
         assert mine.shape == true.shape
         assert torch.equal(mine.isnan(), true.isnan())
         size = true.nan_to_num().abs().amax().item() if true.numel() else 0.0
-        floor = (64 if mine.dtype == torch.float64 else 4) * torch.finfo(mine.dtype).eps * size
+        floor = (64.0 if mine.dtype == torch.float64 else roundings) * torch.finfo(mine.dtype).eps * size
         errors = [(x.double() - true).nan_to_num().abs() for x in (mine, theirs)]
         for measure in (torch.mean, torch.amax):
             ours, limit = (measure(e).item() if e.numel() else 0.0 for e in errors)
-            assert ours <= 2 * limit + floor, f"{measure.__name__} error {ours:.3g}, source {limit:.3g}, floor {floor:.3g}"
+            assert ours <= 2 * limit + floor, (
+                f"{measure.__name__} error {ours:.3g}, source {limit:.3g}, floor {floor:.3g}"
+            )

@@ -73,10 +73,14 @@ def assert_all_fused(report: Report, model: Model) -> None:
     assert (len(report.fused), len(report.refused)) == (model.sites, 0), str(report)
 
 
-def compiled(module: nn.Module, *, inner: str = "aot_eager", dynamic: bool | None = None) -> Callable[..., Any]:
+def compiled(
+    module: nn.Module, *, kernel: str | None = "blocked", inner: str = "aot_eager", dynamic: bool | None = None
+) -> Callable[..., Any]:
     """The module through the backend's door, in one graph.
 
-    Inductor would spend minutes on the operations around the fused nodes: ``inner`` leaves it out.
+    ``kernel`` is the one that takes every program; the cheapest at these sizes would be the written-out
+    program itself. Inductor would spend minutes on the operations around the fused nodes: ``inner`` leaves
+    it out.
     """
-    options = {**OPTIONS, "inner": inner}
+    options = {**OPTIONS, "kernel": kernel, "inner": inner}
     return torch.compile(module, backend="attnfuse", options=options, fullgraph=True, dynamic=dynamic)

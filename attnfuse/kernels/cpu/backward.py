@@ -2,7 +2,7 @@
 
 With ``w`` the weights, ``g`` the gradient that reaches them and ``x`` the logits, ``dx = w * (g - sum(w * g))``,
 row by row (Rabe and Staats 2021). The programs before and after it go through their pullbacks
-(:mod:`attnfuse.derivative`). Sums over blocks are kept in float32, or float64 for float64 operands.
+(:mod:`attnfuse.derivative`). Sums over blocks are kept in float32, or float64 for float64 operands and captures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attnfuse.derivative import pullback
 from attnfuse.kernels.cpu.blocks import Block
 from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.chain import Chain
-from attnfuse.kernels.cpu.forward import logits, scores
+from attnfuse.kernels.cpu.forward import WORKSPACE, logits, scores
 from attnfuse.reference import Scope, evaluate
 from attnfuse.score import Capture, Const, Expr, P, S, Score, walk
 
@@ -39,9 +39,12 @@ class Gradients:
         call = self.call
         shapes = [call.query.shape, *((*call.layout.batch, *x.shape[-3:]) for x in (call.key, call.value))]
         shapes += [capture.shape for capture in call.captures]
+        # the gradient of a small capture is a sum over very many scores, whose terms cancel
+        small = [1 in capture.shape[-2:] for capture in call.captures]
+        dtypes = [call.dtype] * 3 + [torch.float64 if each else call.dtype for each in small]
         self.sums = [
-            call.query.new_zeros(shape, dtype=call.dtype) if needed else None
-            for shape, needed in zip(shapes, self.needs, strict=True)
+            call.query.new_zeros(shape, dtype=dtype) if needed else None
+            for shape, dtype, needed in zip(shapes, dtypes, self.needs, strict=True)
         ]
 
     def run(self) -> tuple[Tensor | None, ...]:
@@ -58,9 +61,9 @@ class Gradients:
         call = self.call
         block, logit = logits(call, block, chain)
         keys, scope = block.shape[-1], call.scope(block)
-        weight = torch.softmax(logit, dim=-1)
+        weight = torch.softmax(logit, dim=-1, out=logit)
         grad = self._weight_gradient(block, scope, weight)
-        grad = torch.ops.aten._softmax_backward_data(grad, weight, -1, weight.dtype)
+        grad = torch.ops.aten._softmax_backward_data.out(grad, weight, -1, weight.dtype, grad_input=grad)
         if self.grad_lse is not None:
             grad.addcmul_(weight, call.heads_of(block, self.grad_lse).unsqueeze(-1).to(weight.dtype))
         if call.spec.sink is not None:
@@ -85,22 +88,31 @@ class Gradients:
         """The gradient of the weights, the sink's column included; sums value's gradient."""
         call, keys = self.call, block.shape[-1]
         grad_out, value = call.rows_of(block, self.grad_out), call.keys_of(block, call.value)
-        grad = torch.bmm(grad_out, value.transpose(-1, -2)).view(block.shape).to(call.dtype)
+        room, grad = self._room(block)
+        grad.copy_(torch.bmm(grad_out, value.transpose(-1, -2)).view(block.shape))
         used = weight[..., :keys]
         inner = replace(scope, weight=used)
         if call.spec.weight != P:
             used = evaluate(call.spec.weight, inner).expand(block.shape)
         if call.spec.dropout:
             kept = call.kept(block)
-            used, grad = used * kept, grad * kept
+            used = used * kept
+            grad.mul_(kept)
         if self.sums[2] is not None:
             used = used.reshape(block.lead, -1, keys).to(value.dtype)
             self._add_keys(block, self.sums[2], used, grad_out)
         if call.spec.weight != P:
             inner = replace(inner, score=grad)
             self._pull_captures(call.spec.weight, inner)
-            grad = evaluate(pullback(call.spec.weight).get(P, Const(0.0)), inner).expand(block.shape)
-        return grad if call.spec.sink is None else torch.nn.functional.pad(grad, (0, 1))
+            grad.copy_(evaluate(pullback(call.spec.weight).get(P, Const(0.0)), inner))
+        return room
+
+    def _room(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Memory for the gradient of the weights, and its part without the sink's column, which is zero."""
+        *rows, keys = block.shape
+        room = WORKSPACE.take("gradient", (*rows, keys + (self.call.spec.sink is not None)), self.call.dtype)
+        room[..., keys:].zero_()
+        return room, room[..., :keys]
 
     def _products(self, block: Block, grad: Tensor) -> None:
         """Gradients of query and key from that of the raw scores, ``[lead, groups * rows, keys]``."""
@@ -122,4 +134,7 @@ class Gradients:
             if isinstance(leaf, Capture) and (total := self.sums[3 + leaf.slot]) is not None:
                 for axis, (first, last) in enumerate(scope.spans):
                     total = total if total.shape[axis] == 1 else total.narrow(axis, first, last - first)
-                total.add_(evaluate(pulled, scope).sum_to_size(total.shape))
+                grad = evaluate(pulled, scope)
+                # an empty list of axes would mean all of them
+                summed = [axis for axis, size in enumerate(total.shape) if size != grad.shape[axis]]
+                total.add_(grad.sum(summed, keepdim=True, dtype=total.dtype) if summed else grad)

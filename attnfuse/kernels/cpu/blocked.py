@@ -104,5 +104,8 @@ class Blocked(Kernel):
         """Gradients, from weights computed again block by block."""
         call = Call(spec, query, key, value, captures, symbols, training=True)
         if call.empty:
-            return tuple(torch.zeros_like(x) if need else None for x, need in zip((query, key, value, *captures), needs, strict=True))
+            return tuple(
+                torch.zeros_like(x) if need else None
+                for x, need in zip((query, key, value, *captures), needs, strict=True)
+            )
         return Gradients(call, grad_out, residual.grad_lse, needs).run()

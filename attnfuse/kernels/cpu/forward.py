@@ -54,7 +54,7 @@ def products(call: Call, block: Block, room: Tensor) -> Tensor:
 
 
 def scores(call: Call, block: Block) -> Tensor:
-    """The scores of a block times ``call.alpha``, with room for the sink as one more column: ``[*B, H, M, N (+ 1)]``."""
+    """The scores of a block times ``call.alpha``, ``[*B, H, M, N]``, with room for the sink as one more column."""
     *rows, keys = block.shape
     room = WORKSPACE.take("scores", (*rows, keys + (call.spec.sink is not None)), call.dtype)
     if call.half:

@@ -71,7 +71,9 @@ class Sdpa(Kernel):
         mask = None if causal else _mask(form, query, key, captures, symbols)
         batch = query.shape[:-3]
         out = F.scaled_dot_product_attention(
-            *(_four_d(x, batch) for x in (query, key, value)),
+            _four_d(query, batch),
+            _four_d(key, batch),
+            _four_d(value, batch),
             attn_mask=None if mask is None else _four_d(mask, batch),
             is_causal=causal,
             scale=_scale(spec),
@@ -113,15 +115,17 @@ class Sdpa(Kernel):
     ) -> tuple[Tensor | None, ...]:
         """ATen's flash backward of plain and causal attention, and the blocked kernel's of any other."""
         if residual.grad_lse is not None or _mask_of(spec) or 0 in (*query.shape, *key.shape, *value.shape):
-            operands = (query, key, value, captures, symbols, needs, residual)
-            return lookup("blocked").backward(spec, grad_out, *operands)
+            other = lookup("blocked")
+            return other.backward(spec, grad_out, query, key, value, captures, symbols, needs, residual)
         batch, heads = query.shape[:-3], query.shape[-3]
         if residual.lse is None or query.dtype == torch.float64:  # our lse is float32
             out, lse = _flash(spec, query, key, value)
         else:
             out, lse = _four_d(residual.out, batch), residual.lse.reshape(-1, *residual.lse.shape[-2:])
         operands = [_four_d(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
-        grads = _flash_backward(_four_d(grad_out, batch), *operands, out, lse, 0.0, _is_causal(spec), scale=_scale(spec))
+        grads = _flash_backward(
+            _four_d(grad_out, batch), *operands, out, lse, 0.0, _is_causal(spec), scale=_scale(spec)
+        )
         wanted = zip(grads, (query, key, value), needs[:3], strict=True)
         found = [_summed(grad, x, batch) if need else None for grad, x, need in wanted]
         return (*found, *(None for _ in captures))
@@ -211,12 +215,10 @@ def _is_causal(spec: AttentionSpec) -> bool:
 
 def _mask(form: Form, query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int]) -> Tensor | None:
     """Biases and masks as one additive tensor that broadcasts against the scores."""
-    parts = list(form.bias)
-    for conjunct in form.keep:
-        parts.append(apply("where", conjunct, Const(0.0), Const(form.fill)))
+    masks = [apply("where", conjunct, Const(0.0), Const(form.fill)) for conjunct in form.keep]
     scope = Scope.whole(query, key, captures, symbols)
     found: Tensor | None = None
-    for part in parts:
+    for part in (*form.bias, *masks):
         value = evaluate(part, scope).to(scope.dtype)
         found = value if found is None else found + value
     return found

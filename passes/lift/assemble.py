@@ -1,0 +1,200 @@
+"""Assembles a site: which contraction is the scores', which the values', and what happens between them."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from attnfuse.algebra import normalise
+from attnfuse.axes import Axis, Index, Unreadable
+from attnfuse.errors import Refused
+from attnfuse.graph import facts
+from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, Softmax
+from attnfuse.passes.lift.normaliser import divided_by_sum
+from attnfuse.passes.lift.operand import factored, viewed
+from attnfuse.passes.lift.reader import Reader
+from attnfuse.passes.site import Operand, Site
+from attnfuse.score import Apply, Capture, Expr, P, S, apply, rewrite, walk
+
+__all__ = ["read_site"]
+
+
+def read_site(reader: Reader, node: Node) -> Site | None:
+    """The attention whose result ``node`` is: a contraction, or one divided by the sum of its weights.
+
+    None where it is no attention. Raises :class:`Unreadable` and :class:`Refused` where it is and cannot be lifted.
+    """
+    if any(size == 0 for size in facts.shape(node)):
+        raise Unreadable("a dimension is empty")
+    place = tuple(map(reader.space.fresh, facts.shape(node)))
+    outer, divisor = _top_product(reader, node, place)
+    sides = ((outer.left, outer.left_place), (outer.right, outer.right_place))
+    for (weights, weight_place), (values, value_place) in (sides, sides[::-1]):
+        read = reader.read(weights, weight_place)
+        if divisor is not None:
+            read = _divided(reader, read, divisor, outer)
+        softmax = _softmax_over(reader, read, outer)
+        if softmax is not None:
+            return _assemble(reader, node, place, outer, softmax, read, (weight_place, values, value_place))
+    return None
+
+
+def _top_product(reader: Reader, node: Node, place: Place) -> tuple[Dot, Expr | None]:
+    """The contraction that a node is, and what it is divided by."""
+    match reader.read(node, place):
+        case Capture(slot):
+            divisor: Expr | None = None
+        case Apply("div", (Capture(slot), by)):
+            divisor = by
+        case _:
+            reason = reader.unread.get(node, "it is scaled or added to in the same operation")
+            raise Unreadable(f"the product with the values cannot be read: {reason}")
+    atom = reader.atoms[slot]
+    if not isinstance(atom, Dot):
+        raise Unreadable("the product with the values cannot be read: it is only a part of one")
+    return atom, divisor
+
+
+def _divided(reader: Reader, weights: Expr, divisor: Expr, outer: Dot) -> Expr:
+    found = divided_by_sum(reader, weights, divisor, Index(outer.axes), outer.node)
+    return weights if found is None else reader.atom(found)
+
+
+def _refusal(reason: str, node: Node, remedy: str = "") -> Refused:
+    return Refused(reason, node.name, facts.source_line(node), remedy)
+
+
+def _softmax_over(reader: Reader, weights: Expr, outer: Dot) -> Softmax | None:
+    found = {atom for atom in _atoms(reader, weights) if isinstance(atom, Softmax)}
+    if not found:
+        return None
+    if len(found) > 1:
+        raise _refusal("the weights mix several softmaxes", outer.node)
+    (softmax,) = found
+    if reader.space.resolve(softmax.key.axes) != reader.space.resolve(outer.axes):
+        raise _refusal("the softmax runs over another axis than the product with the values sums over", softmax.node)
+    return softmax
+
+
+def _atoms(reader: Reader, expr: Expr) -> list[Atom]:
+    """The atoms an expression reads, through dropout."""
+    found: list[Atom] = []
+    for part in walk(expr):
+        if isinstance(part, Capture):
+            atom = reader.atoms[part.slot]
+            found.append(atom)
+            if isinstance(atom, Dropped):
+                found += _atoms(reader, atom.inner)
+    return found
+
+
+def _assemble(
+    reader: Reader,
+    node: Node,
+    place: Place,
+    outer: Dot,
+    softmax: Softmax,
+    weights: Expr,
+    sides: tuple[Place, Node, Place],
+) -> Site | None:
+    weight_place, values, value_place = sides
+    inner = _score_product(reader, softmax, value_place)
+    if inner is None:
+        return None
+    query, key = (factored(reader, *side, inner.node) for side in _query_and_key(reader, inner, softmax))
+    value = viewed(reader, values, value_place, outer.node)
+    dropout, weight = _weight_program(reader, weights, softmax)
+    dot = apply("mul", apply("mul", query.factor, key.factor), S)
+    slot = reader.atom(inner)
+    score = rewrite(softmax.logit, lambda e: dot if e == slot else e)
+    programs = [_leaves_only(reader, program) for program in (score, weight, *softmax.extra)]
+    return Site(
+        node=node,
+        product=inner.node,
+        softmax=softmax.node,
+        place=reader.final(place),
+        weight_place=reader.final(weight_place),
+        keys=reader.space.resolve(outer.axes),
+        inner=reader.space.resolve(inner.axes),
+        query=_final(reader, query),
+        key=_final(reader, key),
+        value=_final(reader, value),
+        score=normalise(programs[0], reader.kind_of),
+        weight=programs[1],
+        extra=tuple(programs[2:]),
+        dropout=dropout,
+        leaves={
+            slot: Leaf(atom.node, reader.final(atom.place))
+            for slot, atom in enumerate(reader.atoms)
+            if isinstance(atom, Leaf)
+        },
+        variables={name: reader.space.resolve(index.axes) for name, index in reader.axes.items()},
+        symbols=tuple(reader.symbols),
+        consumers=dict(reader.consumer),
+        reads={node: reader.final(place) for node, place in reversed(reader.trail)},
+    )
+
+
+def _final(reader: Reader, operand: Operand) -> Operand:
+    return Operand(operand.factor, tuple(Leaf(leaf.node, reader.final(leaf.place)) for leaf in operand.views))
+
+
+def _score_product(reader: Reader, softmax: Softmax, value_place: Place) -> Dot | None:
+    """The product of queries and keys: of the contractions in the logit that have the key axis on one side
+    only, the one whose key side has the fewest axes that the values lack (a relative position has more).
+    """
+    shared = _axes(reader, value_place)
+    candidates: list[tuple[int, Dot]] = []
+    for atom in _atoms(reader, softmax.logit):
+        if isinstance(atom, Dot):
+            keyed = [p for p in (atom.left_place, atom.right_place) if _reads_key(reader, p, softmax)]
+            if len(keyed) == 1:
+                candidates.append((len(_axes(reader, keyed[0]) - shared), atom))
+    return min(candidates, key=lambda c: c[0])[1] if candidates else None
+
+
+def _axes(reader: Reader, place: Place) -> set[Axis]:
+    return {axis for index in place for axis in reader.space.resolve(index.axes)}
+
+
+def _reads_key(reader: Reader, place: Place, softmax: Softmax) -> bool:
+    return bool(_axes(reader, place) & set(reader.space.resolve(softmax.key.axes)))
+
+
+def _query_and_key(reader: Reader, inner: Dot, softmax: Softmax) -> tuple[tuple[Node, Place], tuple[Node, Place]]:
+    left, right = (inner.left, inner.left_place), (inner.right, inner.right_place)
+    return (right, left) if _reads_key(reader, inner.left_place, softmax) else (left, right)
+
+
+def _weight_program(reader: Reader, weights: Expr, softmax: Softmax) -> tuple[float, Expr]:
+    """Dropout's rate and what happens to a weight before it."""
+    rate = 0.0
+    match weights:
+        case Capture(slot):
+            atom = reader.atoms[slot]
+            if isinstance(atom, Dropped):
+                rate, weights = atom.rate, atom.inner
+    normalised = reader.atom(softmax)
+    weight = rewrite(weights, lambda e: P if e == normalised else e)
+    if any(isinstance(atom, (Dropped, Softmax)) for atom in _atoms(reader, weight)):
+        raise _refusal("something happens to the weights after dropout", softmax.node)
+    return rate, weight
+
+
+def _leaves_only(reader: Reader, expr: Expr) -> Expr:
+    """Every atom that is no leaf, such as a second product, taken as the tensor that it is."""
+
+    def as_leaf(part: Expr) -> Expr:
+        if not isinstance(part, Capture):
+            return part
+        atom = reader.atoms[part.slot]
+        if isinstance(atom, Leaf):
+            return part
+        place = atom.place if isinstance(atom, Dot) else None
+        if place is None:
+            raise _refusal("the logits hold another reduction", atom.node)
+        leaf = reader.leaf(atom.node, place)
+        if not reader.is_plain(Leaf(atom.node, place)):
+            raise _refusal("the logits hold a product that is read in part", atom.node)
+        return leaf
+
+    return rewrite(expr, as_leaf)
