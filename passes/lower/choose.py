@@ -50,8 +50,7 @@ class Plan:
 def plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Refused:
     """The best plan for a site; refused where no kernel can, or none is estimated to pay."""
     try:
-        # only the edited graph's values know which of them need a gradient
-        start = draft(attention, lambda node: facts.value(captured.at_home(node)))
+        start = draft(attention, captured.value)
         problem = _problem(attention, start.operands, wishes.numerics)
         choice = choose(problem, wishes.target, wishes.kernel, portable=wishes.portable)
     except (UnknownSize, NoKernel) as error:
