@@ -49,11 +49,22 @@ _PATIENCE = 64
 def _softcap(expr: Expr) -> Expr:
     """``c * tanh(k * x)`` as people write it, ``c * tanh((k c * x) / c)``. Last, since `_to_product` undoes it."""
     match expr:
-        case Apply("mul", (Const(cap), Apply("tanh", (Apply("mul", (Const(factor), x)),)))) if cap > 0:
-            inner = _neutral(apply("mul", Const(rounded(factor * cap)), x), lambda _: "float")
-            capped = inner or apply("mul", Const(rounded(factor * cap)), x)
-            return apply("mul", Const(cap), apply("tanh", apply("div", capped, Const(cap))))
+        case Apply("mul", (Const(cap), Apply("tanh", (inner,)))) if cap > 0:
+            grown = _times(inner, cap)
+            return expr if grown is None else apply("mul", Const(cap), apply("tanh", apply("div", grown, Const(cap))))
     return expr
+
+
+def _times(product: Expr, factor: float) -> Expr | None:
+    """A product with its literal multiplied by ``factor``; None where it has none."""
+    match product:
+        case Apply("mul", (Const(literal), x)):
+            whole = rounded(literal * factor)
+            return x if whole == 1.0 else apply("mul", Const(whole), x)
+        case Apply("mul", (a, x)):
+            grown = _times(a, factor)
+            return None if grown is None else apply("mul", grown, x)
+    return None
 
 
 def _first(expr: Expr, kinds: Kinds) -> Expr:

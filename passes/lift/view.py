@@ -176,9 +176,11 @@ def _cat(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     """The one piece that the index stays inside of."""
     dim = args["dim"] % len(place)
     index, start = place[dim], 0
-    for piece in args["tensors"]:
+    # torch lets an empty one-dimensional tensor stand among pieces of any rank
+    pieces = [piece for piece in args["tensors"] if facts.rank(piece) == len(place)]
+    for piece in pieces:
         size = facts.shape(piece)[dim]
-        if not isinstance(size, int) and piece is not args["tensors"][0]:
+        if not isinstance(size, int) and piece is not pieces[0]:
             break
         if _inside(index, start, size):
             return _shifted(reader, piece, dim, -start, place)
