@@ -72,7 +72,7 @@ class Gradients:
         self._pull_captures(call.spec.score, inner)
         if self.needs[0] or self.needs[1]:
             pulled = chain.run(pullback(call.spec.score).get(S, Const(0.0)), inner, P)
-            self._products(block, pulled.expand(block.shape).reshape(block.lead, -1, keys).to(call.query.dtype))
+            self._products(block, pulled.expand(block.shape).reshape(block.lead, -1, keys))
 
     def _raw_scores(self, block: Block) -> Tensor | None:
         """The scores before the program, where its derivative reads them."""
@@ -117,8 +117,10 @@ class Gradients:
     def _products(self, block: Block, grad: Tensor) -> None:
         """Gradients of query and key from that of the raw scores, ``[lead, groups * rows, keys]``."""
         call = self.call
+        key = call.keys_of(block, call.key)
+        grad = grad.to(key.dtype)
         if self.sums[0] is not None:
-            found = torch.bmm(grad, call.keys_of(block, call.key))
+            found = torch.bmm(grad, key)
             call.heads_of(block, self.sums[0]).copy_(found.view(*block.shape[:-1], -1))
         if self.sums[1] is not None:
             self._add_keys(block, self.sums[1], grad, call.rows_of(block, call.query))

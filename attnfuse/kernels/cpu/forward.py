@@ -121,9 +121,10 @@ class Forward:
             used, lse = torch.softmax(product, dim=-1, out=product), None
         else:
             block, used, lse = self._weights(block, chain)
-        if used.dtype != call.value.dtype:
-            used = WORKSPACE.take("used", used.shape, call.value.dtype).copy_(used)
-        out = torch.bmm(used, call.keys_of(block, call.value))
+        value = call.keys_of(block, call.value)
+        if used.dtype != value.dtype:
+            used = WORKSPACE.take("used", used.shape, value.dtype).copy_(used)
+        out = torch.bmm(used, value)
         return out.view(*block.shape[:-1], -1), lse
 
     def _weights(self, block: Block, chain: Chain) -> tuple[Block, Tensor, Tensor | None]:

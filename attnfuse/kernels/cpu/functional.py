@@ -28,8 +28,9 @@ def attend(call: Call, block: Block) -> Tensor:
         sink = evaluate(spec.sink, scope).to(call.dtype)
         logit = torch.cat([logit, sink.expand(*block.shape[:-1], 1)], dim=-1)
     weight = torch.softmax(logit, dim=-1)[..., :keys]
-    used = weighed(call, block, weight).to(call.value.dtype).reshape(block.lead, -1, keys)
-    return torch.bmm(used, call.keys_of(block, call.value)).view(*block.shape[:-1], -1)
+    value = call.keys_of(block, call.value)
+    used = weighed(call, block, weight).to(value.dtype).reshape(block.lead, -1, keys)
+    return torch.bmm(used, value).view(*block.shape[:-1], -1).to(call.value.dtype)
 
 
 def attend_whole(call: Call) -> Tensor:
