@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from attnfuse.axes import Axis, Size, product, same_size
+from attnfuse.axes import Axis, Index, Size, product, same_size
 from attnfuse.errors import AttnfuseError
 from attnfuse.graph import facts
 from attnfuse.graph.capture import fake_mode_of
@@ -103,6 +103,14 @@ class Builder:
         raise UnknownSize(f"no value in the graph has size {size}")
 
     # --- layouts ------------------------------------------------------------------------------------
+
+    def part(self, node: Node, place: Sequence[Index]) -> Node:
+        """The part of a node that ``place`` runs over: itself, or a slice of it."""
+        for dim, index in enumerate(place):
+            if not index.covers(facts.shape(node)[dim]):
+                start, stop = self.size(index.offset), self.size(index.offset + index.extent)
+                node = self.call(_ATEN.slice.Tensor, node, dim, start, stop)
+        return node
 
     def arranged(self, node: Node, place: Place, groups: Groups, expand: Sequence[bool]) -> Node:
         """``node``, whose dimensions are made of the axes in ``place``, with one dimension for each of ``groups``.

@@ -24,8 +24,11 @@ __all__ = ["blocked", "sdpa", "unfused"]
 
 @dataclass(frozen=True)
 class Rates:
-    """Nanoseconds of one dtype. ``product`` for each score and element of query or value, in matrix products;
-    ``product_unfused`` where Inductor's differ; ``flash`` the same in ATen's flash attention, with its softmax; ``pack`` for each key element and 256 rows there.
+    """Nanoseconds of one dtype.
+
+    For each score and element of query or value: ``product`` in our matrix products, ``product_unfused`` in
+    Inductor's where they differ, ``flash`` in ATen's flash attention, its softmax included. ``pack`` for
+    each element of key or value and 256 rows there.
     """
 
     product: float
@@ -90,7 +93,7 @@ def blocked(problem: Problem) -> float:
 
 def direct(problem: Problem) -> float:
     """Seconds of :mod:`attnfuse.kernels.cpu.direct`: the unfused graph, without a copy of each repeated head."""
-    return _written_out(problem, _kv_bytes(problem))
+    return _written_out(problem, _rates(problem).product, _kv_bytes(problem))
 
 
 def sdpa(problem: Problem) -> float:
@@ -114,13 +117,16 @@ def unfused(problem: Problem) -> float:
     if _plain(problem):
         return sdpa(problem)
     repeats = problem.query.shape[-3] // max(problem.key.shape[-3], 1)
+    rates = _rates(problem)
     # a repeated head is read, written and read again
-    return _written_out(problem, _kv_bytes(problem) * (3 * repeats if repeats > 1 else 1))
+    return _written_out(
+        problem, rates.product_unfused or rates.product, _kv_bytes(problem) * (3 * repeats if repeats > 1 else 1)
+    )
 
 
-def _written_out(problem: Problem, kv_bytes: int) -> float:
+def _written_out(problem: Problem, product: float, kv_bytes: int) -> float:
     rates, threads = _rates(problem), torch.get_num_threads()
-    each = _contraction(problem, rates.product_unfused or rates.product) + rates.softmax_unfused
+    each = _contraction(problem, product) + rates.softmax_unfused
     each += TANH_UNFUSED * _count(problem, "tanh") + (SINK_UNFUSED if problem.spec.sink is not None else 0.0)
     each += DROPOUT_UNFUSED if problem.spec.dropout else 0.0
     each += rates.spilled if problem.scores * 4 > CACHE else 0.0

@@ -72,6 +72,7 @@ class _Pair:
     standing: tuple[Node, ...]
     needs: tuple[bool, ...]
     shapes: Shapes
+    masks: frozenset[Node]
 
     @property
     def shared(self) -> int:
@@ -80,14 +81,20 @@ class _Pair:
 
 def _at_full_size(replay: Replay) -> _Pair:
     source, standing = source_of(replay.attention.site.node, replay.inputs, {})
-    return _Pair(source, replay.replacement, standing, replay.needs, {})
+    return _Pair(source, replay.replacement, standing, replay.needs, {}, _masks(replay.attention))
 
 
 def _at_small_size(replay: Replay) -> _Pair:
     sizes, site = smaller_axes(replay.attention), replay.attention.site
     shapes = {node: shrunk_shape(node, place, sizes) for node, place in site.reads.items()}
     source, standing = source_of(site.node, replay.inputs, shapes)
-    return _Pair(source, replay.at_sizes(sizes), standing, replay.needs, shapes)
+    return _Pair(source, replay.at_sizes(sizes), standing, replay.needs, shapes, _masks(replay.attention))
+
+
+def _masks(attention: Attention) -> frozenset[Node]:
+    """The captures that are not also query, key or value."""
+    operands = {leaf.node for layout in (attention.query, attention.key, attention.value) for leaf in layout.views}
+    return frozenset(leaf.node for layout in attention.captures for leaf in layout.views) - operands
 
 
 def _replayed(pair: _Pair) -> Certificate:
@@ -117,7 +124,7 @@ def _misfit(pair: _Pair) -> str:
 
 def _drawn(pair: _Pair, trial: Trial) -> list[Tensor | int]:
     generator = torch.Generator().manual_seed(_SEED)
-    return [draw(node, pair.shapes.get(node), trial, generator) for node in pair.standing]
+    return [draw(node, pair.shapes.get(node), node in pair.masks, trial, generator) for node in pair.standing]
 
 
 def _try(name: str, trial: Trial, pair: _Pair) -> Errors:

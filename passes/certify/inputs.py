@@ -16,11 +16,19 @@ __all__ = ["TRIALS", "Trial", "draw"]
 Trial = Callable[[tuple[int, ...], torch.dtype, torch.Generator], Tensor]
 
 
-def draw(node: Node, shape: tuple[int, ...] | None, trial: Trial, generator: torch.Generator) -> Tensor | int:
-    """A value for one input, of ``shape`` or else of the shape it was traced with."""
+def draw(
+    node: Node, shape: tuple[int, ...] | None, is_mask: bool, trial: Trial, generator: torch.Generator
+) -> Tensor | int:
+    """A value for one input, of ``shape`` or else of the shape it was traced with.
+
+    ``is_mask`` says that it may be an additive mask, as query, key and value may not.
+    """
     if not facts.is_tensor(node):
         return facts.hint_of(node)
-    return trial(facts.hint(node) if shape is None else shape, facts.dtype(node), generator)
+    shape = facts.hint(node) if shape is None else shape
+    if is_mask and trial is _filled:
+        return _with_fills(shape, facts.dtype(node), generator)
+    return trial(shape, facts.dtype(node), generator)
 
 
 def _plain(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -48,12 +56,15 @@ def _masked(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
 
 
 def _filled(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Tensors with few dimensions or a broadcast one, which may be additive masks, hold the lowest finite value."""
-    found = _plain(shape, dtype, generator)
-    if dtype.is_floating_point and 1 in shape:
-        lowest = torch.finfo(dtype).min
-        found = torch.where(torch.rand(shape, generator=generator) < 0.5, lowest, 0.0).to(dtype)
-    return found
+    """As plain, but what may be an additive mask holds the lowest finite value, or zero."""
+    return _plain(shape, dtype, generator)
+
+
+def _with_fills(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if not dtype.is_floating_point:
+        return _plain(shape, dtype, generator)
+    drop = torch.rand(shape, generator=generator) < 0.5
+    return torch.zeros(shape, dtype=dtype).masked_fill(drop, torch.finfo(dtype).min)
 
 
 #: What every site is tried with, by name.

@@ -95,11 +95,13 @@ def _assemble(
     softmax: Softmax,
     weights: Expr,
     sides: tuple[Place, Node, Place],
-) -> Site | None:
+) -> Site:
     weight_place, values, value_place = sides
     inner = _score_product(reader, softmax, value_place)
     if inner is None:
-        return None
+        raise _refusal("the logits are not read as coming from one product of queries and keys", softmax.node)
+    if any(size == 0 for side in (inner.left, inner.right) for size in facts.shape(side)):
+        raise Unreadable("a dimension is empty")
     query, key = (factored(reader, *side, inner.node) for side in _query_and_key(reader, inner, softmax))
     value = viewed(reader, values, value_place, outer.node)
     dropout, weight = _weight_program(reader, weights, softmax)
@@ -130,8 +132,18 @@ def _assemble(
         variables={name: reader.space.resolve(index.axes) for name, index in reader.axes.items()},
         symbols=tuple(reader.symbols),
         consumers=dict(reader.consumer),
-        reads={node: reader.final(place) for node, place in reversed(reader.trail)},
+        reads=_widest_reads(reader),
     )
+
+
+def _widest_reads(reader: Reader) -> dict[Node, Place]:
+    """Where each node was read: of several places, one that runs over the most axes."""
+    found: dict[Node, Place] = {}
+    for node, read in reader.trail:
+        place = reader.final(read)
+        if node not in found or sum(len(i.axes) for i in place) > sum(len(i.axes) for i in found[node]):
+            found[node] = place
+    return found
 
 
 def _final(reader: Reader, operand: Operand) -> Operand:

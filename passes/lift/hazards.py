@@ -25,6 +25,9 @@ def without_hazards(site: Site, order: Order) -> Site:
             if user not in inside and user is not site.node and order.is_live(user):
                 raise _escape(site, node, user, order)
     for leaf in {leaf.node for leaf in site.read()}:
+        if leaf in inside:
+            reason = "what is done with the scores needs all of them at once"
+            raise Refused(reason, leaf.name, facts.source_line(leaf))
         _refuse_overwritten(leaf, site, order)
     for write in order.writes_between(site.product, site.node):
         if write.target in inside:

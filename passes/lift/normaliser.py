@@ -38,7 +38,7 @@ def _softmax(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
         read = cast(reader, reader.read(source, there), facts.dtype(source), facts.dtype(node))
         return _unshifted(reader, read, dim, there)
 
-    extra = tuple(logit(Index((), at)) for at in _beyond(key, facts.shape(source)[dim]))
+    extra = tuple(map(logit, _beyond(key, facts.shape(source)[dim])))
     return reader.atom(Softmax(node, key, logit(key), extra))
 
 
@@ -46,15 +46,15 @@ def _log_softmax(reader: Reader, node: Node, args: Arguments, place: Place) -> E
     return apply("log", _softmax(reader, node, args, place))
 
 
-def _beyond(key: Index, size: Size) -> range:
+def _beyond(key: Index, size: Size) -> list[Index]:
     """The columns of a normalised dimension of ``size`` that ``key`` does not run over."""
     if key.axes and key.covers(size):
-        return range(0)
+        return []
     if not key.axes or not isinstance(size, int) or not isinstance(key.extent, int):
         raise Unreadable("a part of a softmax of unknown size")
     if key.offset != 0 or size - key.extent > _MAX_EXTRA:
         raise Unreadable("a softmax of which an inner part is used")
-    return range(key.extent, size)
+    return [Index((), at) for at in range(key.extent, size)]
 
 
 def _unshifted(reader: Reader, logit: Expr, dim: int, place: Place) -> Expr:
@@ -96,23 +96,32 @@ def divided_by_sum(reader: Reader, numerator: Expr, divisor: Expr, key: Index, n
 
     ``1 + sum(exp(x))`` is a softmax with one more column, of logit 0.
     """
-    extra: tuple[Expr, ...] = ()
+    one_more = False
     match divisor:
         case Apply("add", (Capture() as total, Const(1.0))):
-            divisor, extra = total, (Const(0.0),)
+            divisor, one_more = total, True
     match numerator, divisor:
-        case Apply("exp", (logit,)), Capture(slot):
+        case Apply("exp", (shifted,)), Capture(slot):
             atom = reader.atoms[slot]
-            if (
-                isinstance(atom, Reduced)
-                and atom.kind == "sum"
-                and _same(reader, read_whole(reader, atom, key), numerator)
-            ):
-                place = (*atom.place[: atom.dim], key, *atom.place[atom.dim + 1 :])
-                plain = _unshifted(reader, logit, atom.dim, place)
-                if not extra or plain == logit:
-                    return Softmax(node, key, plain, extra)
+            if not isinstance(atom, Reduced) or atom.kind != "sum":
+                return None
+            if not _same(reader, read_whole(reader, atom, key), numerator):
+                return None
+            logit = _logit_in(reader, atom, key)
+            extra = [_logit_in(reader, atom, at) for at in _beyond(key, facts.shape(atom.operand)[atom.dim])]
+            if one_more and (extra or logit != shifted):
+                raise Unreadable("1 is added to a sum of shifted exponentials")
+            return Softmax(node, key, logit, (Const(0.0),) if one_more else tuple(extra))
     return None
+
+
+def _logit_in(reader: Reader, total: Reduced, key: Index) -> Expr:
+    """The logit whose exponential is summed, read at ``key``."""
+    place = (*total.place[: total.dim], key, *total.place[total.dim + 1 :])
+    match reader.read(total.operand, place):
+        case Apply("exp", (logit,)):
+            return _unshifted(reader, logit, total.dim, place)
+    raise Unreadable("a sum over keys of which some are no exponentials")
 
 
 def _div(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
@@ -137,15 +146,19 @@ def _as_softmax(reader: Reader, expr: Expr, node: Node, place: Place) -> Expr:
 
 
 def _exp(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
-    """``exp(x - logsumexp(x))``."""
+    """``exp(x - logsumexp(x))``, and ``exp(log_softmax(x))``."""
     expr = normalise(POINTWISE["exp"](reader, node, args, place), reader.kind_of)
     match expr:
+        case Apply("exp", (Apply("log", (Capture(slot) as weight,)),)) if isinstance(reader.atoms[slot], Softmax):
+            return weight
         case Apply("exp", (Apply("add", (logit, Apply("mul", (Const(-1.0), Capture(slot))))),)):
             atom = reader.atoms[slot]
             if isinstance(atom, Reduced) and atom.kind == "logsumexp" and len(place) == len(atom.place):
                 key = place[atom.dim]
                 if _same(reader, read_whole(reader, atom, key), logit):
-                    return reader.atom(Softmax(node, key, logit, ()))
+                    beyond = _beyond(key, facts.shape(atom.operand)[atom.dim])
+                    extra = tuple(read_whole(reader, atom, at) for at in beyond)
+                    return reader.atom(Softmax(node, key, logit, extra))
     return expr
 
 

@@ -45,13 +45,17 @@ def _binary(op: str, other: str = "other") -> Rule:
     return rule
 
 
+#: Integers wide enough that index arithmetic does not wrap around.
+_EXACT = (torch.int64, torch.int32)
+
+
 def _arithmetic(op: str) -> Rule:
-    """add, sub, mul: on two bool tensors torch means or, and; that is left to torch."""
+    """add, sub, mul: on bools torch means or, and; on narrow integers it wraps around. That is left to torch."""
     plain = _binary(op)
 
     def rule(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
-        if facts.dtype(node) == torch.bool:
-            raise Unreadable(f"{op} of bools")
+        if facts.dtype(node) not in _EXACT and not facts.dtype(node).is_floating_point:
+            raise Unreadable(f"{op} of {str(facts.dtype(node)).removeprefix('torch.')}, which wraps around")
         return plain(reader, node, args, place)
 
     return rule
@@ -148,6 +152,15 @@ def _rounded(expr: Expr, target: torch.dtype) -> Expr:
     return Const(torch.tensor(float(expr.value), dtype=torch.float64).to(target).item())
 
 
+def _square(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    x = reader.read(args["self"], place)
+    return apply("mul", x, x)
+
+
+def _outer(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    return apply("mul", reader.read(args["self"], place[:1]), reader.read(args["vec2"], place[1:]))
+
+
 def _nan_to_num(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     limits = torch.finfo(facts.dtype(node))
     given = (args.get(name) for name in ("nan", "posinf", "neginf"))
@@ -164,7 +177,8 @@ def _nan_to_num(reader: Reader, node: Node, args: Arguments, place: Place) -> Ex
 
 def _dropout(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     inner = reader.read(args["input"], place)
-    if not args["train"] or args["p"] == 0.0:
+    # native_dropout trains unless told otherwise
+    if args["train"] is False or args["p"] == 0.0:
         return inner
     return reader.atom(Dropped(node, float(args["p"]), inner))
 
@@ -200,5 +214,7 @@ POINTWISE: dict[str, Rule] = {
     "where": _where,
     "masked_fill": _masked_fill,
     "dropout": _dropout,
+    "square": _square,
+    "outer": _outer,
     "nan_to_num": _nan_to_num,
 }

@@ -10,6 +10,7 @@ from torch.fx import Node
 from attnfuse.axes import Index, Unreadable
 from attnfuse.graph import facts
 from attnfuse.passes.lift.atoms import Dot, Place, Reduced
+from attnfuse.passes.lift.pointwise import POINTWISE
 from attnfuse.passes.lift.reader import Reader, Rule
 from attnfuse.passes.lift.view import VIEWS, broadcast
 from attnfuse.score import Expr
@@ -63,11 +64,13 @@ def _product_sum(reader: Reader, node: Node, product: Node, at: int, place: Plac
 
 
 def _getitem(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
-    """``x.max(dim).values``, or a piece of a split."""
+    """``x.max(dim).values``, the values of a dropout, or a piece of a split."""
     many, number = node.args
     if isinstance(many, Node) and facts.op_name(many) == "max" and number == 0:
         inner = facts.arguments(many)
         return _reduced(reader, "max", node, inner, inner["dim"], place)
+    if isinstance(many, Node) and facts.op_name(many) == "native_dropout" and number == 0:
+        return POINTWISE["dropout"](reader, many, facts.arguments(many), place)
     return VIEWS["getitem"](reader, node, args, place)
 
 

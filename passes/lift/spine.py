@@ -98,8 +98,12 @@ def _base(node: Node) -> str:
 
 def _attempt(node: Node, start: Node, order: Order, is_given: Callable[[Node], bool]) -> Found:
     try:
-        site = read_site(Reader(_RULES, order, is_given), node)
-        return [] if site is None else [without_hazards(site, order)]
+        reader = Reader(_RULES, order, is_given)
+        site = read_site(reader, node)
+        if site is not None:
+            return [without_hazards(site, order)]
+        reason = reader.unread.get(start)
+        return [Refused(reason, start.name, facts.source_line(start))] if reason else []
     except Unreadable as error:
         return [Refused(str(error), start.name, facts.source_line(start))]
     except Refused as refusal:

@@ -40,7 +40,8 @@ def restore(builder: Builder, attention: Attention, out: Node) -> Node:
 
 def _build(builder: Builder, layout: Layout, at_home: Callable[[Node], Node]) -> Node:
     leaf = nearest(layout)
-    node = builder.arranged(at_home(leaf.node), [i.axes for i in leaf.place], layout.groups, layout.expand)
+    part = builder.part(at_home(leaf.node), leaf.place)
+    node = builder.arranged(part, [i.axes for i in leaf.place], layout.groups, layout.expand)
     if facts.dtype(node) != layout.dtype:
         node = builder.call(torch.ops.aten.to.dtype, node, layout.dtype)
     return node

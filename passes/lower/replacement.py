@@ -16,6 +16,7 @@ from attnfuse.graph.build import Builder
 from attnfuse.kernels import Kernel
 from attnfuse.op import attention as attention_op
 from attnfuse.passes.lower.operands import Operands, build_operands, nearest, restore
+from attnfuse.passes.lower.strides import laid_out_like, matters
 from attnfuse.passes.site import Attention
 from attnfuse.spec import AttentionSpec
 
@@ -52,7 +53,10 @@ def finished(attention: Attention, start: Draft, kernel: Kernel, portable: bool,
     if attention.spec.dropout:
         operands = _with_seed(builder, operands)
     out = (_traced if portable else _called)(builder, attention.spec, operands, kernel, training)
-    start.graph.output(restore(builder, attention, out))
+    result = restore(builder, attention, out)
+    if matters(attention.site.node):
+        result = laid_out_like(builder, result, attention.site.node)
+    start.graph.output(result)
     return GraphModule({}, start.graph)
 
 

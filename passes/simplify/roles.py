@@ -41,8 +41,9 @@ def roles_of(site: Site) -> Roles:
     rest are heads that share a key/value head.
     """
     keyed = _axes(site.key.source) | _axes(site.value.source)
-    dimensions = [index.axes for index in site.weight_place if index.axes != site.keys]
-    row = _row(dimensions, keyed)
+    dimensions = [index.axes for index in site.weight_place]
+    row = _row(dimensions, dimensions.index(site.keys), keyed)
+    dimensions.remove(site.keys)
     flat = [axis for axes in dimensions for axis in axes]
     shared = [axis for axis in flat if axis in keyed]
     group = tuple(axis for axis in flat if axis not in keyed and axis not in row)
@@ -63,14 +64,24 @@ def _axes(leaf: Leaf) -> set[Axis]:
     return {axis for index in leaf.place for axis in index.axes}
 
 
-def _row(dimensions: list[Axes], keyed: set[Axis]) -> Axes:
-    """The last dimension that has free axes; a last dimension of size 1 is a single query row."""
-    if not dimensions or not dimensions[-1]:
+def _row(dimensions: list[Axes], key: int, keyed: set[Axis]) -> Axes:
+    """The free axes of the dimension beside the keys: after them where the weights stand transposed, else before.
+
+    One of size 1 before them is a single query row. Where heads stand beside the keys it is the last
+    dimension that has free axes.
+    """
+    before = dimensions[key - 1] if key else ()
+    beside = [axes for axes in (*dimensions[key + 1 : key + 2], before) if _free(axes, keyed)]
+    if beside:
+        return _free(beside[0], keyed)
+    if key and not before:
         return ()
-    for axes in reversed(dimensions):
-        if free := tuple(axis for axis in axes if axis not in keyed):
-            return free
-    return ()
+    others = [_free(axes, keyed) for axes in dimensions[:key] + dimensions[key + 1 :]]
+    return next((axes for axes in reversed(others) if axes), ())
+
+
+def _free(axes: Axes, keyed: set[Axis]) -> Axes:
+    return tuple(axis for axis in axes if axis not in keyed)
 
 
 def _kv_head(dimensions: list[Axes], shared: list[Axis], group: Axes) -> Axes:

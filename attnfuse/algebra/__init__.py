@@ -1,0 +1,40 @@
+"""The rules by which two spellings of one score program become the same program.
+
+Each rule is a function from an expression to an equal one, or None where it does not apply; :data:`RULES`
+is tried in order, innermost first, until nothing changes. "Equal" is meant for the arithmetic of
+:mod:`attnfuse.score`: reassociating constants is allowed, losing a NaN, an infinity or a fully masked row is not.
+The one stated exception is that a masked score contributes nothing even where it is NaN or infinite.
+"""
+
+from __future__ import annotations
+
+from attnfuse.algebra.kinds import Kind, Kinds, Rule, kind
+from attnfuse.algebra.masks import MASK_RULES
+from attnfuse.algebra.numbers import NUMBER_RULES, named_softcap
+from attnfuse.score import Expr, rewrite
+
+__all__ = ["RULES", "Kind", "Kinds", "kind", "normalise"]
+
+#: Every rule, in the order they are tried.
+RULES: tuple[Rule, ...] = (*NUMBER_RULES, *MASK_RULES)
+
+#: Rounds until a program is taken as it is; real ones settle in fewer than ten.
+_PATIENCE = 64
+
+
+def normalise(expr: Expr, kinds: Kinds) -> Expr:
+    """The normal form of a program whose captures have the given kinds."""
+    for _ in range(_PATIENCE):
+        after = rewrite(expr, lambda part: _first(part, kinds))
+        if after == expr:
+            break
+        expr = after
+    return rewrite(expr, named_softcap)
+
+
+def _first(expr: Expr, kinds: Kinds) -> Expr:
+    for rule in RULES:
+        found = rule(expr, kinds)
+        if found is not None and found != expr:
+            return found
+    return expr

@@ -1,0 +1,51 @@
+"""What an expression evaluates to: a bool, an integer, a float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attnfuse.score import Apply, Capture, Const, Expr, Index, Score, Symbol, walk
+
+__all__ = ["COMPARISONS", "LOGIC", "Kind", "Kinds", "Rule", "kind", "reads_score"]
+
+#: "bool", "int" or "float".
+Kind = str
+
+#: The kind of the tensor in each capture slot.
+Kinds = Callable[[int], Kind]
+
+#: An expression as an equal one; None where the rule does not apply.
+Rule = Callable[[Expr, Kinds], "Expr | None"]
+
+COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+LOGIC = ("and", "or", "xor", "not", "bool", "isnan", "isinf", *COMPARISONS)
+_INTEGER = ("add", "sub", "mul", "floordiv", "mod", "neg", "abs", "min", "max")
+
+
+def kind(expr: Expr, kinds: Kinds) -> Kind:
+    """What an expression evaluates to."""
+    match expr:
+        case Const(value):
+            return type(value).__name__
+        case Index() | Symbol():
+            return "int"
+        case Capture(slot):
+            return kinds(slot)
+        case Apply(op) if op in LOGIC:
+            return "bool"
+        case Apply("where", (_, a, b)):
+            return _widest(kind(a, kinds), kind(b, kinds))
+        case Apply("int"):
+            return "int"
+        case Apply(op, args) if op in _INTEGER:
+            return _widest(*(kind(arg, kinds) for arg in args))
+    return "float"
+
+
+def _widest(*kinds: Kind) -> Kind:
+    return max(kinds, key=("bool", "int", "float").index)
+
+
+def reads_score(expr: Expr) -> bool:
+    """Whether the raw score is in it."""
+    return any(isinstance(part, Score) for part in walk(expr))

@@ -1,0 +1,60 @@
+"""Whether anybody relies on how a result lies in memory, and how to lay it out as the source did.
+
+Kernels write heads side by side, ``[*B, M, H, D]``, which is what an output projection reads. The source's product
+is contiguous as ``[*B, H, M, D]``, and a later ``view`` may work on that alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from attnfuse.graph import facts
+from attnfuse.graph.build import Builder
+
+__all__ = ["laid_out_like", "matters"]
+
+#: Operations whose result does not depend on how their operands lie in memory.
+_FORGETTING = frozenset(
+    (
+        *("contiguous", "clone", "linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "cat", "stack"),
+        *("layer_norm", "native_layer_norm", "rms_norm", "conv1d", "conv2d", "embedding", "sum", "mean"),
+    )
+)
+
+#: Operations that hand on the layout, as it is or permuted, and take any.
+_PASSING = frozenset(
+    (
+        *("transpose", "permute", "t", "mT", "swapaxes", "movedim", "unsqueeze", "squeeze", "expand", "select"),
+        *("slice", "narrow", "reshape", "flatten", "getitem", "split", "chunk", "unbind", "alias", "detach"),
+        *("add", "sub", "mul", "div", "dropout", "to", "_to_copy", "type_as", "where", "masked_fill", "neg"),
+        *("gelu", "relu", "silu", "sigmoid", "tanh", "pow", "rsqrt", "sqrt", "add_", "mul_", "_assert_tensor_metadata"),
+    )
+)
+
+
+def matters(node: Node) -> bool:
+    """Whether a user, through operations that hand the layout on, may rely on it; what is not known, may."""
+    seen, stack = {node}, [node]
+    while stack:
+        for user in stack.pop().users:
+            name = facts.op_name(user)
+            if user in seen or name in _FORGETTING:
+                continue
+            if name not in _PASSING:
+                return True
+            seen.add(user)
+            stack.append(user)
+    return False
+
+
+def laid_out_like(builder: Builder, node: Node, source: Node) -> Node:
+    """``node`` with its dimensions in the order in memory that those of ``source`` have; itself where they are."""
+    wanted = facts.tensor(source)
+    if facts.tensor(node).stride() == wanted.stride():
+        return node
+    order = sorted(range(wanted.dim()), key=lambda dim: (-wanted.stride(dim), dim))
+    outward = builder.call(torch.ops.aten.permute.default, node, order) if order != sorted(order) else node
+    copy = builder.call(torch.ops.aten.clone.default, outward, memory_format=torch.contiguous_format)
+    back = [order.index(dim) for dim in range(wanted.dim())]
+    return builder.call(torch.ops.aten.permute.default, copy, back) if order != sorted(order) else copy
