@@ -37,6 +37,7 @@ class Rates:
     pack: float = 0.0
     #: Each score: softmax with the conversions around it, in our blocks and in Inductor's loops.
     softmax: float = 1.0
+    softmax_plain: float = 1.0
     softmax_unfused: float = 1.5
     tanh: float = 2.5
     #: Each score of a block that is cut from a mask's band: smaller products, more copies.
@@ -53,7 +54,7 @@ class Rates:
 
 FLOAT = Rates(product=0.0211, flash=0.0243)
 BFLOAT16 = Rates(
-    product=0.0095, flash=0.0258, pack=1.0, softmax=1.3, softmax_unfused=1.1, tanh=0.7, band=1.2, spilled=2.6,
+    product=0.0095, flash=0.0258, pack=1.0, softmax=1.3, softmax_plain=1.0, softmax_unfused=1.1, tanh=0.7, band=1.2, spilled=2.6,
     training_blocked=3.4, training_unfused=2.2, bias_gradient=4.0,
 )  # fmt: skip
 #: Our blocks multiply float16 as float32; everybody else multiplies it as it is, which few CPUs can.
@@ -65,6 +66,8 @@ RATES = {torch.float32: FLOAT, torch.bfloat16: BFLOAT16, torch.float16: HALF, to
 STEP, COPYING_STEP, TRANSCENDENTAL, TANH_UNFUSED, SINK_UNFUSED = 0.1, 0.8, 0.8, 1.7, 0.4
 #: Each score: the derivative of a tanh.
 TANH_AGAIN = 2.5
+#: Each score of a program that is not compiled: conversions and steps that pass through memory.
+EAGER = 2.0
 #: Each weight of dropout's mask, drawn by us and by Inductor.
 DROPOUT, DROPOUT_UNFUSED = 3.0, 2.0
 #: Each byte from memory.
@@ -80,7 +83,8 @@ def blocked(problem: Problem) -> float:
     """Seconds of :mod:`attnfuse.kernels.cpu.blocked` on this machine's threads."""
     rates, threads = _rates(problem), torch.get_num_threads()
     band = band_of(problem.spec, problem.symbols)
-    each = _contraction(problem, rates.product) + rates.softmax + _program(problem, rates)
+    each = _contraction(problem, rates.product) + _program(problem, rates)
+    each += rates.softmax_plain if _plain(problem) else rates.softmax
     each += 0.0 if band.open else rates.band
     scores = problem.scores * _reached(band, problem, ROWS_IN_BLOCK)
     calls = BLOCK * math.ceil(scores / (SCORES_IN_BLOCK * threads)) + CALL
@@ -92,8 +96,12 @@ def blocked(problem: Problem) -> float:
 
 
 def direct(problem: Problem) -> float:
-    """Seconds of :mod:`attnfuse.kernels.cpu.direct`: the unfused graph, without a copy of each repeated head."""
-    return _written_out(problem, _rates(problem).product, _kv_bytes(problem))
+    """Seconds of :mod:`attnfuse.kernels.cpu.direct`: the written-out program, not compiled."""
+    eager = (EAGER * problem.scores / torch.get_num_threads() + CALL - UNFUSED_CALL) * 1e-9
+    return (
+        _written_out(problem, _rates(problem).product)
+        + (_rates(problem).training_unfused if problem.training else 1.0) * eager
+    )
 
 
 def sdpa(problem: Problem) -> float:
@@ -112,26 +120,26 @@ def sdpa(problem: Problem) -> float:
 def unfused(problem: Problem) -> float:
     """Seconds of the graph as written, compiled by Inductor.
 
-    An unmasked softmax of scaled scores Inductor turns into SDPA by itself.
+    An unmasked softmax of scaled scores Inductor turns into SDPA by itself, of repeated heads where heads
+    are repeated; elsewhere it reads a repeated head where it lies.
     """
-    if _plain(problem):
-        return sdpa(problem)
-    repeats = problem.query.shape[-3] // max(problem.key.shape[-3], 1)
     rates = _rates(problem)
-    # a repeated head is read, written and read again
-    return _written_out(
-        problem, rates.product_unfused or rates.product, _kv_bytes(problem) * (3 * repeats if repeats > 1 else 1)
-    )
+    if not _plain(problem):
+        return _written_out(problem, rates.product_unfused or rates.product)
+    repeats = problem.query.shape[-3] // max(problem.key.shape[-3], 1)
+    # read, written and read again
+    copied = 3 * repeats * _kv_bytes(problem) if repeats > 1 else 0
+    return sdpa(problem) + copied * BYTE / torch.get_num_threads() * 1e-9
 
 
-def _written_out(problem: Problem, product: float, kv_bytes: int) -> float:
+def _written_out(problem: Problem, product: float) -> float:
     rates, threads = _rates(problem), torch.get_num_threads()
     each = _contraction(problem, product) + rates.softmax_unfused
     each += TANH_UNFUSED * _count(problem, "tanh") + (SINK_UNFUSED if problem.spec.sink is not None else 0.0)
     each += DROPOUT_UNFUSED if problem.spec.dropout else 0.0
     each += rates.spilled if problem.scores * 4 > CACHE else 0.0
     steps = rates.training_unfused if problem.training else 1.0
-    moved = (kv_bytes + _capture_bytes(problem)) * BYTE
+    moved = (_kv_bytes(problem) + _capture_bytes(problem)) * BYTE
     return steps * ((problem.scores * each + moved) / threads + UNFUSED_CALL) * 1e-9
 
 

@@ -33,15 +33,13 @@ class Kernel(ABC):
 
     ``name`` identifies it in reports and in the op's ``kernel`` argument; ``devices`` are the target
     kinds it runs on; ``portable`` says that :meth:`expand` is made of ATen operations alone, so that a
-    graph may hold its trace instead of the op, and ``inline`` that a compiler makes more of that trace
-    than of the op; ``gives_lse`` that :meth:`run_with_lse` and :meth:`backward` know the lse;
-    ``saves_lse`` that the backward is faster when the forward kept it.
+    graph may hold its trace instead of the op; ``gives_lse`` that :meth:`run_with_lse` and
+    :meth:`backward` know the lse; ``saves_lse`` that the backward is faster when the forward kept it.
     """
 
     name: ClassVar[str]
     devices: ClassVar[tuple[str, ...]]
     portable: ClassVar[bool] = False
-    inline: ClassVar[bool] = False
     gives_lse: ClassVar[bool] = False
     saves_lse: ClassVar[bool] = False
 

@@ -50,6 +50,8 @@ def _beyond(key: Index, size: Size) -> list[Index]:
     """The columns of a normalised dimension of ``size`` that ``key`` does not run over."""
     if key.axes and key.covers(size):
         return []
+    if size == 1:
+        raise Unreadable("there is a single key, whose weight is 1")
     if not key.axes or not isinstance(size, int) or not isinstance(key.extent, int):
         raise Unreadable("a part of a softmax of unknown size")
     if key.offset != 0 or size - key.extent > _MAX_EXTRA:

@@ -31,7 +31,7 @@ __all__ = ["lift"]
 _RULES: Rules = {**VIEWS, **POINTWISE, **CREATE, **CONTRACTIONS, **REDUCTIONS, **NORMALISERS}
 
 #: What scores and weights pass through without a new contraction.
-_THROUGH = frozenset((*VIEWS, *POINTWISE, *REDUCTIONS, *NORMALISERS))
+_THROUGH = frozenset((*VIEWS, *POINTWISE, *REDUCTIONS, *NORMALISERS, "native_dropout"))
 
 Found = list[Site | Refused]
 
@@ -96,14 +96,21 @@ def _base(node: Node) -> str:
     return name if name in _THROUGH or name in CONTRACTIONS else name.rstrip("_")
 
 
+def _unread_weights(reader: Reader, start: Node) -> Found:
+    """A refusal for the first step from the normaliser on that could not be read; none where all could."""
+    for node, reason in reader.unread.items():
+        if node is start or start in node.all_input_nodes:
+            return [Refused(reason, node.name, facts.source_line(node))]
+    return []
+
+
 def _attempt(node: Node, start: Node, order: Order, is_given: Callable[[Node], bool]) -> Found:
     try:
         reader = Reader(_RULES, order, is_given)
         site = read_site(reader, node)
         if site is not None:
             return [without_hazards(site, order)]
-        reason = reader.unread.get(start)
-        return [Refused(reason, start.name, facts.source_line(start))] if reason else []
+        return _unread_weights(reader, start)
     except Unreadable as error:
         return [Refused(str(error), start.name, facts.source_line(start))]
     except Refused as refusal:

@@ -143,7 +143,7 @@ class TestTheGate:
 
     def test_grouped_decoding_pays_without_repeated_heads(self) -> None:
         grouped = replace(problem(rows=1, keys=4096), key=Operand((1, 2, 4096, 64), torch.float32))
-        grouped = replace(grouped, value=grouped.key, spec=SPECS["softcap"])
+        grouped = replace(grouped, value=grouped.key)
         choice = choose(grouped, CPU)
         assert choice.pays
         assert choice.seconds[UNFUSED] > 1.5 * choice.seconds[choice.kernel]

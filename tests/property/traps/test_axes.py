@@ -222,13 +222,22 @@ def test_values_of_a_larger_batch(door: str) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "keys", "depth", "depth_v"),
-    [(1, 9, 8, 8), (6, 1, 8, 8), (1, 1, 1, 1), (6, 9, 8, 3), (6, 9, 3, 8), (7, 13, 5, 11)],
+    [(1, 9, 8, 8), (6, 9, 8, 3), (6, 9, 3, 8), (7, 13, 5, 11), (1, 2, 1, 1)],
 )
 def test_odd_sizes(door: str, rows: int, keys: int, depth: int, depth_v: int) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q @ k.mT * 0.5, v)
 
     assert never_wrong(door, attention, *qkv(rows=rows, keys=keys, depth=depth, depth_v=depth_v)).fused
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_a_single_key(door: str, rows: int) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q @ k.mT * 0.5, v)
+
+    report = never_wrong(door, attention, *qkv(rows=rows, keys=1))
+    assert "there is a single key" in str(report)
 
 
 @pytest.mark.parametrize("empty", ["batch", "heads", "rows", "keys", "depth", "depth_v"])
