@@ -2,8 +2,8 @@
 
 The canonical program is ``where(keep, softcap(scale * s) + bias, fill)``, or for a finite fill that the source
 adds, ``softcap(scale * s) + bias + where(keep, 0.0, fill)``; :class:`Form` is that shape as data. The two have the
-same value, but in a row that keeps nothing only the second has a gradient. Most attention has a form; a program without one is still attention, only unnamed.
-``form_of(form.expr(), captures) == form`` for every form.
+same value, but in a row that keeps nothing only the second has a gradient. Most attention has a form; a program
+without one is still attention, only unnamed. ``form_of(form.expr()) == form`` for every form.
 """
 
 from __future__ import annotations

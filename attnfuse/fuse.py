@@ -39,7 +39,8 @@ class Options:
     ``target``: where the result will run, default this graph's device. ``kernel``: this one or none.
     ``numerics``: "faithful" or "fast" (:data:`attnfuse.kernels.Numerics`). ``portable``: ATen calls only, so that
     the result loads without attnfuse. ``certify``: how much to replay, "full", "quick" or "off". ``profit``:
-    False fuses even where the graph as it is is estimated faster. ``print_after``: a stage, or "all".
+    False fuses even where the graph as it is is estimated faster. ``compiled``: whether the result will be compiled,
+    as the graph as it is would be; it says what a fusion is compared with. ``print_after``: a stage, or "all".
     """
 
     target: Target | str | None = None
@@ -48,6 +49,7 @@ class Options:
     portable: bool = False
     certify: Effort = "quick"
     profit: bool = True
+    compiled: bool = True
     print_after: str | None = None
 
     def __post_init__(self) -> None:
@@ -124,7 +126,7 @@ def _fuse_one(gm: GraphModule, options: Options) -> Report:
         log.debug("tracing failed", exc_info=True)
         reason = f"the graph cannot be traced: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return Report((Refused(reason),), str(target))
-    wishes = Wishes(target, options.kernel, options.numerics, options.portable, options.profit)
+    wishes = Wishes(target, options.kernel, options.numerics, options.portable, options.profit, options.compiled)
     state = State(captured, options, wishes)
     state, seconds = run(STAGES, state, show=_show, check=_check, print_after=options.print_after)
     gm.recompile()

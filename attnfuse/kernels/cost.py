@@ -125,12 +125,14 @@ def _flash(problem: Problem) -> float:
 
 
 def unfused(problem: Problem) -> float:
-    """Seconds of the graph as written, compiled by Inductor.
+    """Seconds of the graph as written, compiled by Inductor unless the problem says that nothing compiles it.
 
     An unmasked softmax of scaled scores Inductor turns into SDPA by itself, of repeated heads where heads
     are repeated; elsewhere it reads a repeated head where it lies.
     """
     rates = _rates(problem)
+    if not problem.compiled:
+        return direct(problem)
     if not _plain(problem):
         return _written_out(problem, rates.product_unfused or rates.product)
     repeats = problem.query.shape[-3] // max(problem.key.shape[-3], 1)

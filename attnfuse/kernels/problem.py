@@ -30,7 +30,8 @@ class Operand:
 class Problem:
     """One attention to be computed. Shapes as in :mod:`attnfuse.spec`; captures in slot order.
 
-    ``symbols`` are hints of the spec's symbolic sizes, for estimates only (empty when unknown).
+    ``symbols`` are hints of the spec's symbolic sizes, for estimates only (empty when unknown);
+    ``compiled`` says that the graph around the attention will be compiled, and so would the unfused one.
     ``dynamic`` says that sizes may differ from the hints at run time; ``rows_kept`` that every query
     row is *proven* to keep at least one key, so that fully masked rows cannot occur.
     """
@@ -41,6 +42,7 @@ class Problem:
     value: Operand
     captures: tuple[Operand, ...] = ()
     symbols: tuple[int, ...] = ()
+    compiled: bool = True
     dynamic: bool = False
     rows_kept: bool = False
     numerics: Numerics = "faithful"

@@ -24,10 +24,12 @@ def rewrite(
     Training IR and core ATen IR are both taken and kept; so are state, signature, buffers, guards and
     dynamic ranges. Weights are shared, not copied. Unless ``custom_op``, the result is made of ATen
     operators alone and loads without attnfuse. ``options`` are the fields of
-    :class:`attnfuse.fuse.Options`. Raises :class:`BadInput` for an unknown option, target or kernel.
+    :class:`attnfuse.fuse.Options`; a fusion is compared with the program as it runs when loaded, uncompiled,
+    unless ``compiled=True``. Raises :class:`BadInput` for an unknown option, target or kernel.
     """
     result = _copied(program)
-    graph = fuse_graph(result.graph_module, target=target, portable=not custom_op, **options)
+    settings = {"compiled": False, **options}
+    graph = fuse_graph(result.graph_module, target=target, portable=not custom_op, **settings)
     report: Report = graph.meta.pop("attnfuse_report")
     _rename_outputs(result)
     result.validate()

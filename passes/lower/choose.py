@@ -27,13 +27,18 @@ _MANY = 2**40
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the caller wants of a kernel. ``profit`` False fuses even where the unfused graph is estimated faster."""
+    """What the caller wants of a kernel.
+
+    ``profit`` False fuses even where the unfused graph is estimated faster; ``compiled`` says that the
+    rewritten graph will be compiled, and so would the unfused one.
+    """
 
     target: Target
     kernel: str | None = None
     numerics: Numerics = "faithful"
     portable: bool = False
     profit: bool = True
+    compiled: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Ref
     """The best plan for a site; refused where no kernel can, or none is estimated to pay."""
     try:
         start = draft(attention, captured.value)
-        problem = _problem(attention, start.operands, wishes.numerics)
+        problem = _problem(attention, start.operands, wishes)
         choice = choose(problem, wishes.target, wishes.kernel, portable=wishes.portable)
     except (UnknownSize, NoKernel) as error:
         return _refusal(attention, str(error))
@@ -91,7 +96,7 @@ def _refusal(attention: Attention, reason: str, remedy: str = "") -> Refused:
     return Refused(reason, node.name, facts.source_line(node), remedy)
 
 
-def _problem(attention: Attention, operands: Operands, numerics: Numerics) -> Problem:
+def _problem(attention: Attention, operands: Operands, wishes: Wishes) -> Problem:
     """The site as the kernels are asked about it, with symbolic sizes at their hints."""
     query, key, value = operands.query, operands.key, operands.value
     sizes = [size for node in (query, key, value) for size in facts.shape(node)]
@@ -103,7 +108,9 @@ def _problem(attention: Attention, operands: Operands, numerics: Numerics) -> Pr
         captures=tuple(map(_operand, operands.captures)),
         dynamic=not all(isinstance(size, int) for size in sizes),
         rows_kept=_rows_kept(attention, query, key),
-        numerics=numerics,
+        numerics=wishes.numerics,
+        symbols=tuple(facts.hint_of(s) if isinstance(s, Node) else s for s in operands.symbols),
+        compiled=wishes.compiled,
     )
 
 

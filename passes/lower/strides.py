@@ -53,7 +53,8 @@ def laid_out_like(builder: Builder, node: Node, source: Node) -> Node:
     wanted = facts.tensor(source)
     if facts.tensor(node).stride() == wanted.stride():
         return node
-    order = sorted(range(wanted.dim()), key=lambda dim: (-wanted.stride(dim), dim))
+    strides = wanted.stride()
+    order = sorted(range(wanted.dim()), key=lambda dim: (-strides[dim], dim))
     outward = builder.call(torch.ops.aten.permute.default, node, order) if order != sorted(order) else node
     copy = builder.call(torch.ops.aten.clone.default, outward, memory_format=torch.contiguous_format)
     back = [order.index(dim) for dim in range(wanted.dim())]
