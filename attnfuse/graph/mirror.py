@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode, get_proxy_slot, track_tensor_tree
 from torch.fx.node import map_aggregate
@@ -34,6 +35,8 @@ class Mirror(Interpreter):
         known = facts.value(n)
         if n.op == "call_method" and n.target == "item" and isinstance(known, (torch.SymFloat, torch.SymInt)):
             return self._known_number(n, known)
+        if isinstance(n.target, HigherOrderOperator):
+            return self._unopened(n, known)
         before = _last_traced()
         with set_current_meta(n):
             result = super().run_node(n)
@@ -43,6 +46,16 @@ class Mirror(Interpreter):
         if n.op == "call_function" and len(inside) > 1:
             self._calls.append(Closed(n, inside, map_aggregate(result, _node_of)))
         return result
+
+    def _unopened(self, n: Node, known: Any) -> Any:
+        """The result of a checkpointed region, a branch or a loop, whose body is a graph of its own."""
+        mode = get_innermost_proxy_mode()
+        if mode is None:
+            return known
+        traced = (_node_of(self.env[arg]) for arg in n.all_input_nodes)
+        proxies = tuple(mode.tracer.proxy(node) for node in traced if node is not None)
+        proxy = mode.tracer.create_proxy("call_function", n.target, proxies, {}, name=n.name)
+        return track_tensor_tree(known, proxy, constant=None, tracer=mode.tracer)
 
     def _known_number(self, n: Node, number: torch.SymFloat | torch.SymInt) -> Any:
         """``tensor.item()`` as the symbol that Dynamo gave it; running it would make a second one without a value."""

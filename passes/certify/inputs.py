@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from attnfuse.graph import facts
 
-__all__ = ["TRIALS", "Trial", "draw"]
+__all__ = ["GRADIENT_FREE", "TRIALS", "Trial", "draw"]
 
 #: Makes a tensor of a shape and dtype; the generator is the certificate's.
 Trial = Callable[[tuple[int, ...], torch.dtype, torch.Generator], Tensor]
@@ -69,3 +69,6 @@ def _with_fills(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gen
 
 #: What every site is tried with, by name.
 TRIALS: tuple[tuple[str, Trial], ...] = (("plain", _plain), ("loud", _loud), ("masked", _masked), ("filled", _filled))
+
+#: Trials that say nothing of gradients.
+GRADIENT_FREE: tuple[Trial, ...] = (_loud,)
