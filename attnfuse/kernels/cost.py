@@ -4,7 +4,8 @@ The model: every score costs its two products, its softmax and each step of its 
 call and each byte beyond the last-level cache costs extra; masked blocks that a kernel skips cost nothing.
 Constants are nanoseconds of one core, measured as the least of 5 runs of thread time on a Zen 4 core (AVX-512,
 torch 2.13, Inductor's default options), 8 heads x 512 to 4096 keys x 64 or 128 dimensions: within 15% of
-each measured row. What is decided is which of two is faster, and their ratio moves little between machines.
+each measured row. What is decided is which of two is faster, and their ratio moves little between machines, but for
+that of ATen's flash attention to products of matrices, which is measured (:mod:`attnfuse.kernels.cpu.calibrate`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from attnfuse.form import form_of
+from attnfuse.kernels.cpu.calibrate import speed
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.rows import Band, band_of
 from attnfuse.score import Apply, P, walk
@@ -159,7 +161,17 @@ def _plain(problem: Problem) -> bool:
 
 
 def _rates(problem: Problem) -> Rates:
-    return RATES.get(problem.query.dtype, FLOAT)
+    return rates_of(problem.query.dtype)
+
+
+def rates_of(dtype: torch.dtype) -> Rates:
+    """The shipped rates, with flash attention as much slower than products as it is measured to be on this machine."""
+    shipped = RATES.get(dtype, FLOAT)
+    # our blocks multiply float16 as float32
+    measured, ours = speed(dtype), speed(torch.float32 if dtype == torch.float16 else dtype)
+    if measured is None or ours is None:
+        return shipped
+    return replace(shipped, flash=shipped.product * measured.flash / ours.product)
 
 
 def _width(problem: Problem) -> int:
