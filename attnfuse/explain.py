@@ -26,8 +26,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     def record(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         # the model runs on the graph as it was: explaining must not depend on a rewrite being right
-        copy = GraphModule(gm, _copied(gm))
-        reports.append(fuse_graph(copy, example_inputs, **options).meta["attnfuse_report"])
+        reports.append(fuse_graph(_copied(gm), example_inputs, **options).meta["attnfuse_report"])
         return gm.forward
 
     torch._dynamo.reset()
@@ -35,8 +34,12 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     return sum(reports[1:], reports[0]) if reports else Report()
 
 
-def _copied(gm: GraphModule) -> torch.fx.Graph:
+def _copied(gm: GraphModule) -> GraphModule:
+    """A graph module with graphs of its own, nested ones too, over the same tensors."""
     graph = torch.fx.Graph()
-    result = graph.graph_copy(gm.graph, {})
-    graph.output(result)
-    return graph
+    graph.output(graph.graph_copy(gm.graph, {}))
+    copy = GraphModule(gm, graph)
+    for name, child in gm.named_children():
+        if isinstance(child, GraphModule):
+            setattr(copy, name, _copied(child))
+    return copy

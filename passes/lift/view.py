@@ -156,20 +156,22 @@ def _select(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     return reader.read(source, (*place[:dim], Index((), at), *place[dim:]))
 
 
+#: Operations that give several pieces of one tensor, along their argument ``dim``.
+_PIECES = ("split", "chunk", "split_with_sizes", "tensor_split", "unbind")
+
+
 def _getitem(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     """One of the tensors of ``split``, ``chunk`` or ``unbind``."""
     many, number = node.args
-    if not isinstance(many, Node) or not isinstance(number, int):
-        raise Unreadable("an element of something that is no operation")
-    name, inner = facts.op_name(many), facts.arguments(many)
+    if not isinstance(many, Node) or not isinstance(number, int) or facts.op_name(many) not in _PIECES:
+        raise Unreadable("an element of something that is no split")
+    inner = facts.arguments(many)
     source: Node = inner["self"]
     dim = inner.get("dim", 0) % facts.rank(source)
-    if name == "unbind":
+    if facts.op_name(many) == "unbind":
         return reader.read(source, (*place[:dim], Index((), number), *place[dim:]))
-    if name in ("split", "chunk", "split_with_sizes", "tensor_split"):
-        before = [facts.size_of(part.shape[dim]) for part in facts.value(many)[:number]]
-        return _shifted(reader, source, dim, sum(before), place)
-    raise Unreadable(f"an element of {name}")
+    before = [facts.size_of(part.shape[dim]) for part in facts.value(many)[:number]]
+    return _shifted(reader, source, dim, sum(before), place)
 
 
 def _cat(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:

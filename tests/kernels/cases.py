@@ -113,6 +113,11 @@ class Case:
         cast = [x.detach().to(dtype) if x.is_floating_point() else x for x in self.operands]
         return Case(self.spec, *cast[:3], tuple(cast[3:]))
 
+    def transposed(self) -> Case:
+        """The same values, query, key and value stored as ``[*B, H, D, M]``."""
+        stored = (x.mT.contiguous().mT for x in (self.query, self.key, self.value))
+        return Case(self.spec, *stored, self.captures)
+
     def leaves(self) -> Case:
         """The same values, each float asking for its gradient."""
         fresh = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in self.operands]

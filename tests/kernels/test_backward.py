@@ -53,6 +53,12 @@ def assert_close_in_half(found: list[Tensor], truth: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["plain", "causal", "sink"])
+def test_any_strides(name: str, kernel: str) -> None:
+    check(case(SPECS[name], SIZES["grouped heads"], torch.float32).transposed(), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", SPECS)
 def test_gradients(name: str, kernel: str) -> None:
     for sizes in ("odd", "grouped heads", "more rows than keys", "several blocks"):

@@ -48,6 +48,18 @@ def test_as_exact_as_the_written_out_program(name: str, sizes: str, kernel: str)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["plain", "causal", "sink"])
+def test_any_strides(name: str, kernel: str) -> None:
+    given = case(SPECS[name], SIZES["grouped heads"], torch.float32)
+    check(given.transposed(), kernel)
+    if able(given, kernel):
+        for found, wanted in zip(
+            run(given.transposed(), kernel, with_lse=True), run(given, kernel, with_lse=True), strict=True
+        ):
+            torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("sizes", BATCHES)
 def test_any_number_of_batch_dimensions(sizes: str, kernel: str) -> None:
     for name in ("scaled", "causal", "softcap, causal", "sink"):

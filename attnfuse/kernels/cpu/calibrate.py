@@ -41,7 +41,7 @@ class Speed:
 
 @lru_cache
 def speed(dtype: torch.dtype) -> Speed | None:
-    """This machine's speed in a floating-point dtype, None where it is not to be measured."""
+    """Speed of the machine in a floating-point dtype; None where it is not to be measured."""
     if os.environ.get("ATTNFUSE_CALIBRATE") == "0":
         return None
     name, path = str(dtype).removeprefix("torch."), _path()

@@ -122,9 +122,9 @@ class Sdpa(Kernel):
             out, lse = _flash(spec, query, key, value)
         else:
             out, lse = _four_d(residual.out, batch), residual.lse.reshape(-1, *residual.lse.shape[-2:])
-        operands = [_four_d(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
+        operands = [_for_flash(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
         grads = _flash_backward(
-            _four_d(grad_out, batch), *operands, out, lse, 0.0, _is_causal(spec), scale=_scale(spec)
+            _for_flash(grad_out, batch), *operands, out, lse, 0.0, _is_causal(spec), scale=_scale(spec)
         )
         wanted = zip(grads, (query, key, value), needs[:3], strict=True)
         found = [_summed(grad, x, batch) if need else None for grad, x, need in wanted]
@@ -138,7 +138,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def _flash(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """ATen's own ``out [B, H, M, D]`` and ``lse [B, H, M]``, which SDPA keeps to itself."""
     batch, heads = query.shape[:-3], query.shape[-3]
-    operands = [_four_d(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
+    operands = [_for_flash(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
     out, lse = _flash_forward(*operands, 0.0, _is_causal(spec), scale=_scale(spec))
     return out, lse
 
@@ -229,6 +229,12 @@ def _four_d(tensor: Tensor, batch: Sequence[int]) -> Tensor:
     if tensor.shape[:-3] != tuple(batch):
         tensor = tensor.expand(*batch, *tensor.shape[-3:])
     return tensor if len(batch) == 1 else tensor.reshape(-1, *tensor.shape[-3:])
+
+
+def _for_flash(tensor: Tensor, batch: Sequence[int]) -> Tensor:
+    """As :func:`_four_d`, with the last dimension contiguous: ATen's kernel, called directly, takes that for granted."""
+    found = _four_d(tensor, batch)
+    return found if found.stride(-1) == 1 else found.contiguous()
 
 
 def _summed(grad: Tensor, operand: Tensor, batch: Sequence[int]) -> Tensor:
