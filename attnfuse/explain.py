@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from attnfuse.fuse import Options, fuse_graph
+from attnfuse.graph.copies import copied
 from attnfuse.report import Report
 
 __all__ = ["explain"]
@@ -26,20 +27,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     def record(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         # the model runs on the graph as it was: explaining must not depend on a rewrite being right
-        reports.append(fuse_graph(_copied(gm), example_inputs, **options).meta["attnfuse_report"])
+        reports.append(fuse_graph(copied(gm), example_inputs, **options).meta["attnfuse_report"])
         return gm.forward
 
     torch._dynamo.reset()
     torch.compile(model, backend=record)(*args, **kwargs)
     return sum(reports[1:], reports[0]) if reports else Report()
-
-
-def _copied(gm: GraphModule) -> GraphModule:
-    """A graph module with graphs of its own, nested ones too, over the same tensors."""
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    copy = GraphModule(gm, graph)
-    for name, child in gm.named_children():
-        if isinstance(child, GraphModule):
-            setattr(copy, name, _copied(child))
-    return copy

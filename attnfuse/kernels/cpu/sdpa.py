@@ -232,7 +232,7 @@ def _four_d(tensor: Tensor, batch: Sequence[int]) -> Tensor:
 
 
 def _for_flash(tensor: Tensor, batch: Sequence[int]) -> Tensor:
-    """As :func:`_four_d`, with the last dimension contiguous: ATen's kernel, called directly, takes that for granted."""
+    """As :func:`_four_d`, the last dimension contiguous, which ATen's kernel takes for granted when called directly."""
     found = _four_d(tensor, batch)
     return found if found.stride(-1) == 1 else found.contiguous()
 
