@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, get_args
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from attnfuse.errors import BadInput, NotEquivalent, Refused
 from attnfuse.form import describe
@@ -163,8 +163,20 @@ def _simplify(state: State) -> State:
 
 
 def _choose(state: State) -> State:
-    planned = (plan(i, state.captured, state.wishes) if isinstance(i, Attention) else i for i in state.items)
-    return replace(state, items=tuple(planned))
+    return replace(state, items=tuple(_planned(i, state) if isinstance(i, Attention) else i for i in state.items))
+
+
+def _planned(item: Attention, state: State) -> Plan | Refused:
+    try:
+        return plan(item, state.captured, state.wishes)
+    except Exception as error:  # nothing was changed yet, and a bug of ours must not stop the compilation of a model
+        return _bug("planning", error, item.site.softmax)
+
+
+def _bug(doing: str, error: Exception, node: Node) -> Refused:
+    log.error("%s %s failed", doing, node.name, exc_info=error)
+    reason = f"{doing} it failed with {type(error).__name__}: {error}, which is a bug of attnfuse"
+    return Refused(reason, node.name, facts.source_line(node), "please report it")
 
 
 def _certify(state: State) -> State:
@@ -178,6 +190,8 @@ def _checked(item: Plan, state: State) -> Checked | Refused:
     except NotEquivalent as error:
         reason = f"the rewrite is not equivalent, which is a bug of attnfuse: {error}"
         return Refused(reason, site.softmax.name, facts.source_line(site.softmax), "please report it")
+    except Exception as error:  # as in _planned
+        return _bug("replaying", error, site.softmax)
     return Checked(item, certificate)
 
 

@@ -6,6 +6,7 @@ cannot be lifted is a :class:`Refused` that says why.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 
 from torch.fx import Graph, Node
@@ -26,6 +27,8 @@ from attnfuse.passes.lift.view import VIEWS
 from attnfuse.passes.site import Site
 
 __all__ = ["lift"]
+
+log = logging.getLogger(__name__)
 
 #: Everything that is read, later rules before earlier ones of the same name.
 _RULES: Rules = {**VIEWS, **POINTWISE, **CREATE, **CONTRACTIONS, **REDUCTIONS, **NORMALISERS}
@@ -115,3 +118,7 @@ def _attempt(node: Node, start: Node, order: Order, is_given: Callable[[Node], b
         return [Refused(str(error), start.name, facts.source_line(start))]
     except Refused as refusal:
         return [refusal]
+    except Exception as error:  # nothing was changed yet, and a bug of ours must not stop the compilation of a model
+        log.exception("reading %s failed", start.name)
+        reason = f"reading it failed with {type(error).__name__}: {error}, which is a bug of attnfuse"
+        return [Refused(reason, start.name, facts.source_line(start), "please report it")]
