@@ -170,11 +170,11 @@ def _planned(item: Attention, state: State) -> Plan | Refused:
     try:
         return plan(item, state.captured, state.wishes)
     except Exception as error:  # nothing was changed yet, and a bug of ours must not stop the compilation of a model
+        log.exception("planning %s failed", item.site.node.name)
         return _bug("planning", error, item.site.softmax)
 
 
 def _bug(doing: str, error: Exception, node: Node) -> Refused:
-    log.error("%s %s failed", doing, node.name, exc_info=error)
     reason = f"{doing} it failed with {type(error).__name__}: {error}, which is a bug of attnfuse"
     return Refused(reason, node.name, facts.source_line(node), "please report it")
 
@@ -191,6 +191,7 @@ def _checked(item: Plan, state: State) -> Checked | Refused:
         reason = f"the rewrite is not equivalent, which is a bug of attnfuse: {error}"
         return Refused(reason, site.softmax.name, facts.source_line(site.softmax), "please report it")
     except Exception as error:  # as in _planned
+        log.exception("replaying %s failed", site.node.name)
         return _bug("replaying", error, site.softmax)
     return Checked(item, certificate)
 
