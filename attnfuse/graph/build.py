@@ -40,7 +40,7 @@ class Builder:
     def __init__(self, graph: Graph, before: Node | None = None, like: Node | None = None) -> None:
         self._graph, self._before, self._like = graph, before, like or before
         self._mode = fake_mode_of(graph)
-        self._meta = "example_value" if any("example_value" in n.meta for n in graph.nodes) else "val"
+        self._meta = "example_value" if before is not None and "example_value" in before.meta else "val"
         self._sizes: dict[Size, Node] = {}
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:

@@ -13,6 +13,7 @@ from attnfuse.graph import facts
 from attnfuse.passes.lift.atoms import Dot, Place
 from attnfuse.passes.lift.pointwise import operand
 from attnfuse.passes.lift.reader import Reader, Rule
+from attnfuse.passes.lift.view import aligned
 from attnfuse.score import Expr, apply
 
 __all__ = ["CONTRACTIONS"]
@@ -33,10 +34,8 @@ def _product(reader: Reader, node: Node, left: Node, right: Node, place: Place) 
 
 
 def _batch_of(node: Node, matrix_dims: int, batch: Place) -> Place:
-    """The batch dimensions of an operand: aligned right, size 1 read at 0."""
-    sizes = facts.shape(node)[: facts.rank(node) - matrix_dims]
-    wanted = batch[len(batch) - len(sizes) :]
-    return tuple(Index() if size == 1 else index for index, size in zip(wanted, sizes, strict=True))
+    """The batch dimensions of an operand."""
+    return aligned(facts.shape(node)[: facts.rank(node) - matrix_dims], batch)
 
 
 def _matmul(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:

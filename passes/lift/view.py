@@ -13,14 +13,18 @@ from attnfuse.passes.lift.atoms import Place
 from attnfuse.passes.lift.reader import Reader, Rule
 from attnfuse.score import Expr
 
-__all__ = ["VIEWS", "broadcast"]
+__all__ = ["VIEWS", "aligned", "broadcast"]
 
 Arguments = Mapping[str, Any]
 
 
 def broadcast(node: Node, place: Place) -> Place:
-    """A place of a broadcast result as the place of one operand: aligned right, size 1 read at 0."""
-    sizes = facts.shape(node)
+    """A place of a broadcast result as the place of one operand."""
+    return aligned(facts.shape(node), place)
+
+
+def aligned(sizes: Sequence[Size], place: Place) -> Place:
+    """The last indices of ``place``, one for each of ``sizes``; a dimension of size 1 is read at 0."""
     tail = place[len(place) - len(sizes) :]
     return tuple(Index() if same_size(size, 1) else index for index, size in zip(tail, sizes, strict=True))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.dropout import kept
-from attnfuse.form import Form, form_of
+from attnfuse.form import ABSORBING, Form, form_of
 from attnfuse.kernels.cpu.blocks import Block, Layout, Span, blocks
 from attnfuse.kernels.cpu.chain import Chain
 from attnfuse.kernels.rows import Band, band_of, rows_kept
@@ -22,8 +22,6 @@ __all__ = ["Call"]
 
 #: A fill at or below this masks; a higher one is taken for a score.
 FILL = -1e4
-#: A fill at or below this is below any score.
-ABSORBING = -1e30
 #: ``exp(-MARGIN)`` is zero, in float64 too.
 MARGIN = 1000.0
 

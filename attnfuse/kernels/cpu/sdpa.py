@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnfuse.errors import BadProgram
-from attnfuse.form import Form, form_of
+from attnfuse.form import ABSORBING, Form, form_of
 from attnfuse.kernels import cost
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Problem
@@ -31,8 +31,6 @@ from attnfuse.target import Target
 __all__ = ["Sdpa"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-#: A fill at or below this absorbs any score that is added to it.
-ABSORBING = -1e30
 TOP_LEFT = Band(left=None, right=0)
 
 
@@ -209,7 +207,7 @@ def _is_causal(spec: AttentionSpec) -> bool:
     """Whether the mask is ``n <= m`` and nothing else: every row keeps key 0, so its fill is never seen."""
     form = form_of(spec.score)
     band = band_of(spec)
-    certain = form is not None and not form.bias and (form.fill == float("-inf") or form.fill <= ABSORBING)
+    certain = form is not None and not form.bias and form.fill <= ABSORBING
     return certain and band.exact and (band.left, band.right) == (None, 0)
 
 
