@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from attnfuse.score import Apply, Capture, Const, Expr, Index, S, Score, apply, text, walk
 from attnfuse.spec import AttentionSpec, Captured, axes_of
@@ -75,6 +76,7 @@ class Form:
         return out
 
 
+@lru_cache(maxsize=1024)
 def form_of(score: Expr) -> Form | None:
     """The form of a canonical score program; None when it has none."""
     keep: tuple[Expr, ...] = ()

@@ -180,18 +180,29 @@ def written_out(given: Case) -> Tensor:
     return weight.to(given.value.dtype) @ repeat_heads(given.value, heads)
 
 
+def conditioning(given: Case) -> float:
+    """By how many roundings of a weight its logit may be off: as many as the largest finite logit is great."""
+    wide = given.to(torch.float64)
+    scope = Scope.whole(wide.query, wide.key, wide.captures, ())
+    score = wide.query @ repeat_heads(wide.key, wide.query.shape[-3]).transpose(-1, -2)
+    logit = evaluate(wide.spec.score, replace(scope, score=score)).abs()
+    finite = logit[logit < 1e6]
+    return finite.amax().item() if finite.numel() else 0.0
+
+
 def assert_as_exact(
     found: Sequence[Tensor], source: Sequence[Tensor], truth: Sequence[Tensor], roundings: float = 4.0
 ) -> None:
     """NaN at the same positions; errors against ``truth`` at most twice those of ``source``, plus ``roundings``.
 
-    Behind float64 there is no more exact type: truth has rounding errors of its own, of sums over the keys.
+    Behind float64 there is no more exact type: truth has rounding errors of its own, of sums over the keys, which
+    count as 64 ``roundings`` more.
     """
     for mine, theirs, true in zip(found, source, truth, strict=True):
         assert mine.shape == true.shape
         assert torch.equal(mine.isnan(), true.isnan())
         size = true.nan_to_num().abs().amax().item() if true.numel() else 0.0
-        floor = (64.0 if mine.dtype == torch.float64 else roundings) * torch.finfo(mine.dtype).eps * size
+        floor = (roundings + 64.0 * (mine.dtype == torch.float64)) * torch.finfo(mine.dtype).eps * size
         errors = [(x.double() - true).nan_to_num().abs() for x in (mine, theirs)]
         for measure in (torch.mean, torch.amax):
             ours, limit = (measure(e).item() if e.numel() else 0.0 for e in errors)

@@ -11,7 +11,7 @@ from attnfuse.kernels import lookup
 from attnfuse.op import attention
 from attnfuse.reference import attention as reference
 from attnfuse.target import Target
-from tests.kernels.cases import BATCHES, SIZES, SPECS, Case, assert_as_exact, case, exact, written_out
+from tests.kernels.cases import BATCHES, SIZES, SPECS, Case, assert_as_exact, case, conditioning, exact, written_out
 
 CPU = Target("cpu")
 KERNELS = ("blocked", "direct", "sdpa")
@@ -36,7 +36,9 @@ def check(given: Case, kernel: str) -> None:
     assert out.transpose(-3, -2).is_contiguous()
     # a mask of dropout is not what rounds: its source is the reference in the operands' type
     source = reference(given.spec, *given.operands[:3], given.captures)[0] if given.spec.dropout else written_out(given)
-    assert_as_exact([out], [source], [exact(given)])
+    # the reference in float64 is the truth itself, so its error is no measure there
+    roundings = conditioning(given) if out.dtype == torch.float64 else 4.0
+    assert_as_exact([out], [source], [exact(given)], roundings)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
