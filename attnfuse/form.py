@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from attnfuse.score import Apply, Capture, Const, Expr, Index, S, Score, apply, text, walk
+from attnfuse.score import Apply, Capture, Const, Expr, Index, P, S, Score, apply, text, walk
 from attnfuse.spec import AttentionSpec, Captured, axes_of
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Document",
     "Feature",
     "Form",
+    "Mask",
     "Padding",
     "Predicate",
     "Scale",
@@ -31,6 +32,7 @@ __all__ = [
     "Window",
     "features",
     "form_of",
+    "masked_by",
 ]
 
 
@@ -97,6 +99,32 @@ def form_of(score: Expr) -> Form | None:
         case Apply("mul", (scale, Score())) if not _reads_score(scale):
             return Form(scale, softcap, bias, keep, fill, added)
     return None
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The conjuncts that a key must meet to be kept, and the logit that it has elsewhere."""
+
+    keep: tuple[Expr, ...]
+    fill: float
+
+    def features(self, captures: tuple[Captured, ...]) -> tuple[Feature, ...]:
+        """What the conjuncts are called."""
+        return tuple(_name_mask(conjunct, captures) for conjunct in self.keep)
+
+
+def masked_by(spec: AttentionSpec) -> Mask | None:
+    """The mask of a spec, whatever its program does with the keys that are kept; None when it has none.
+
+    Without a softmax only a key of weight zero is masked.
+    """
+    match spec.score:
+        case Apply("where", (mask, _, Const(value))) if not _reads_score(mask):
+            if spec.normaliser == "none" and (value != 0 or spec.weight != P):
+                return None
+            return Mask(tuple(_conjuncts(mask)), float(value))
+    form = form_of(spec.score)
+    return None if form is None or not form.keep else Mask(form.keep, form.fill)
 
 
 def _reads_score(expr: Expr) -> bool:
@@ -247,8 +275,14 @@ def _row_offset(bound: Expr) -> Expr | None:
 
 def describe(spec: AttentionSpec) -> str:
     """A few words for a report: ``scale 0.125, causal, padding``."""
-    found = features(spec)
-    words = ["program"] if found is None else [_word(feature) for feature in found]
+    found, mask = features(spec), masked_by(spec)
+    words = ["no softmax"] if spec.normaliser == "none" else []
+    if found is None:
+        words.append("program")
+        found = () if mask is None else mask.features(spec.captures)
+    words += map(_word, found)
+    if spec.empty_rows == "zero":
+        words.append("empty rows zero")
     if spec.dropout:
         words.append(f"dropout {spec.dropout:g}")
     return ", ".join(words) or "plain"

@@ -12,8 +12,8 @@
   and backward draw the same mask from it (:mod:`attnfuse.dropout`).
 - *Layout*: ``out`` lies in memory as ``[*B, M, H, Dv]``, contiguous: ``out.transpose(-3, -2)`` is what
   an output projection reads, without a copy. So do the gradients of query, key and value; the gradients
-  of captures are contiguous. ``lse`` is float32 ``[*B, H, M]``, contiguous, and of shape ``[0]`` when it
-  is not asked for.
+  of captures are contiguous. ``lse`` is float32 ``[*B, H, M]``, contiguous, of shape ``[0]`` when it is not asked
+  for, and zero without a softmax.
 - *Autocast* casts query, key and value to the autocast type and leaves the captures alone: a mask of
   float32's finfo.min would become -inf.
 """

@@ -18,7 +18,7 @@ from attnfuse.errors import BadProgram
 from attnfuse.score import Apply, Capture, Const, Expr, Index, Prob, Score, Symbol
 from attnfuse.spec import AttentionSpec
 
-__all__ = ["Scope", "applied", "attention", "compute_dtype", "evaluate", "repeat_heads", "seed_of"]
+__all__ = ["Scope", "applied", "attention", "compute_dtype", "evaluate", "normalised", "repeat_heads", "seed_of"]
 
 Span = tuple[int, int]
 """First index and one past the last."""
@@ -139,8 +139,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """``out [*B, H, M, Dv]`` in value's dtype and ``lse [*B, H, M]``, the natural log of each row's sum, float32.
 
-    Shapes as in :mod:`attnfuse.spec`; differentiable by autograd. With dropout the last capture is the
-    seed (:func:`seed_of`).
+    Without a softmax there is no sum, and lse is zero. Shapes as in :mod:`attnfuse.spec`; differentiable by
+    autograd. With dropout the last capture is the seed (:func:`seed_of`).
     """
     scope = Scope.whole(query, key, captures, symbols)
     heads = query.shape[-3]
@@ -149,14 +149,26 @@ def attention(
     if spec.sink is not None:
         sink = evaluate(spec.sink, scope).to(scope.dtype)
         logit = torch.cat([logit, sink.expand(*logit.shape[:-1], 1)], dim=-1)
-    weight = torch.softmax(logit, dim=-1)[..., : score.shape[-1]]
+    weight = normalised(spec, logit)[..., : score.shape[-1]]
     weight = evaluate(spec.weight, replace(scope, weight=weight)).expand(score.shape)
     if spec.dropout:
         mask = kept(seed_of(spec, captures), spec.dropout, scope.indices())
         # a product, not a where: a dropped NaN stays NaN, as in torch.nn.functional.dropout
         weight = weight * (mask.to(scope.dtype) / (1 - spec.dropout) if spec.dropout < 1 else 0.0)
     out = weight.to(scope.dtype) @ repeat_heads(value, heads).to(scope.dtype)
+    if spec.normaliser == "none":
+        return out.to(value.dtype), torch.zeros(score.shape[:-1], dtype=torch.float32, device=score.device)
     return out.to(value.dtype), torch.logsumexp(logit, dim=-1).to(torch.float32)
+
+
+def normalised(spec: AttentionSpec, logit: Tensor) -> Tensor:
+    """The weights of rows of logits, the sink's column included."""
+    if spec.normaliser == "none":
+        return logit
+    if spec.empty_rows == "zero":
+        safe: Tensor = torch.ops.aten._safe_softmax.default(logit, -1)
+        return safe
+    return torch.softmax(logit, dim=-1)
 
 
 def seed_of(spec: AttentionSpec, captures: Sequence[Tensor]) -> Tensor:

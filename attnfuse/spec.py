@@ -12,7 +12,11 @@ attention). A batch dimension of key or value may be 1 where the query's is not.
     weight = exp(logit) / (sum over n of exp(logit) + exp(spec.sink))
     out    = sum over n of dropout(spec.weight(weight)) * value
 
-A row whose logits are all -inf is NaN when there is no sink, as in the written-out program.
+A row whose logits, the sink's included, are all -inf is *empty*. Its weights are NaN, as in the written-out
+program, unless ``spec.empty_rows`` says "zero", as ``scaled_dot_product_attention`` and ``_safe_softmax`` have it.
+
+With ``spec.normaliser`` "none" the logit is the weight: sigmoid attention, ReLU^2, the masked product of linear
+attention. A key is then masked by a logit of zero, no row is empty, and there is no sink.
 """
 
 from __future__ import annotations
@@ -20,14 +24,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from attnfuse.errors import BadProgram
 from attnfuse.score import Apply, Capture, Expr, Index, P, Prob, S, Score, Symbol, parse, text, walk
 
-__all__ = ["SCORE_AXES", "AttentionSpec", "Captured", "axes_of"]
+__all__ = ["SCORE_AXES", "AttentionSpec", "Captured", "EmptyRows", "Normaliser", "axes_of"]
 
 #: The axes of a score after its batch axes.
 SCORE_AXES = ("h", "m", "n")
+
+#: How a row of logits becomes weights.
+Normaliser = Literal["softmax", "none"]
+#: The weights of a row whose logits are all -inf.
+EmptyRows = Literal["nan", "zero"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class AttentionSpec:
     captures: tuple[Captured, ...] = ()
     batch: int = 1
     symbols: int = 0
+    normaliser: Normaliser = "softmax"
+    empty_rows: EmptyRows = "nan"
 
     def __post_init__(self) -> None:
         if self.batch < 0 or self.symbols < 0:
@@ -68,6 +80,14 @@ class AttentionSpec:
                 raise BadProgram(f"the sink {text(self.sink)!r} varies along the keys")
         if not 0.0 <= self.dropout <= 1.0:
             raise BadProgram(f"dropout probability {self.dropout} is not between 0 and 1")
+        self._check_normaliser()
+
+    def _check_normaliser(self) -> None:
+        for name, allowed in (("normaliser", get_args(Normaliser)), ("empty_rows", get_args(EmptyRows))):
+            if getattr(self, name) not in allowed:
+                raise BadProgram(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.normaliser == "none" and (self.sink is not None or self.empty_rows != "nan"):
+            raise BadProgram("without a softmax there are neither sinks nor empty rows")
 
     def _check(self, what: str, program: Expr, forbidden: tuple[type, ...]) -> None:
         for part in walk(program):
@@ -87,7 +107,18 @@ class AttentionSpec:
         return (*(f"b{i}" for i in range(self.batch)), *SCORE_AXES)
 
     def to_text(self) -> str:
-        """One line of JSON, with programs in their text form; the op carries it."""
+        """One line of JSON, with programs in their text form; the op carries it.
+
+        ``normaliser`` and ``empty_rows`` are left out where they have their defaults.
+        """
+        unusual = {
+            name: value
+            for name, value, usual in (
+                ("normaliser", self.normaliser, "softmax"),
+                ("empty_rows", self.empty_rows, "nan"),
+            )
+            if value != usual
+        }
         return json.dumps(
             {
                 "score": text(self.score),
@@ -97,6 +128,7 @@ class AttentionSpec:
                 "captures": [f"{c.dtype}[{','.join(c.axes)}]" for c in self.captures],
                 "batch": self.batch,
                 "symbols": self.symbols,
+                **unusual,
             }
         )
 
@@ -113,6 +145,8 @@ class AttentionSpec:
                 captures=tuple(map(_captured, raw["captures"])),
                 batch=int(raw["batch"]),
                 symbols=int(raw["symbols"]),
+                normaliser=raw.get("normaliser", "softmax"),
+                empty_rows=raw.get("empty_rows", "nan"),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadProgram(f"not an attention spec: {source[:80]!r} ({error})") from None

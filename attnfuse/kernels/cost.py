@@ -157,7 +157,7 @@ def _written_out(problem: Problem, product: float) -> float:
 def _plain(problem: Problem) -> bool:
     form, spec = form_of(problem.spec.score), problem.spec
     bare = form is not None and form.softcap is None and not form.bias and not form.keep
-    return bare and spec.sink is None and spec.weight == P and not spec.dropout
+    return bare and spec.normaliser == "softmax" and spec.sink is None and spec.weight == P and not spec.dropout
 
 
 def _rates(problem: Problem) -> Rates:

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from attnfuse.kernels.problem import Problem
-from attnfuse.spec import AttentionSpec
+from attnfuse.spec import AttentionSpec, Normaliser
 from attnfuse.target import Target
 
 __all__ = ["Kernel", "Residual"]
@@ -34,7 +34,9 @@ class Kernel(ABC):
     ``name`` identifies it in reports and in the op's ``kernel`` argument; ``devices`` are the target
     kinds it runs on; ``portable`` says that :meth:`expand` is made of ATen operations alone, so that a
     graph may hold its trace instead of the op; ``gives_lse`` that :meth:`run_with_lse` and
-    :meth:`backward` know the lse; ``saves_lse`` that the backward is faster when the forward kept it.
+    :meth:`backward` know the lse; ``saves_lse`` that the backward is faster when the forward kept it;
+    ``normalisers`` and ``zeroes_empty_rows`` which of the spec's facts it knows: a problem with another is
+    refused before :meth:`refuses` is asked.
     """
 
     name: ClassVar[str]
@@ -42,6 +44,17 @@ class Kernel(ABC):
     portable: ClassVar[bool] = False
     gives_lse: ClassVar[bool] = False
     saves_lse: ClassVar[bool] = False
+    normalisers: ClassVar[tuple[Normaliser, ...]] = ("softmax",)
+    zeroes_empty_rows: ClassVar[bool] = False
+
+    def unknown_facts(self, problem: Problem) -> tuple[str, ...]:
+        """Why the spec says something that this kernel has never heard of; empty when it does not."""
+        spec, reasons = problem.spec, []
+        if spec.normaliser not in self.normalisers:
+            reasons.append("computes a softmax, and here the scores themselves are the weights")
+        if spec.empty_rows == "zero" and not (self.zeroes_empty_rows or problem.rows_kept):
+            reasons.append("leaves a row that keeps no key NaN, and here such rows are zero")
+        return tuple(reasons)
 
     @abstractmethod
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
@@ -87,7 +100,10 @@ class Kernel(ABC):
         captures: Sequence[Tensor],
         symbols: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`run`, and ``lse [*B, H, M]`` in float32: the natural log of each row's sum, sink included."""
+        """:meth:`run`, and ``lse [*B, H, M]`` in float32: the natural log of each row's sum, sink included.
+
+        Zero without a softmax.
+        """
         raise NotImplementedError(f"kernel {self.name} gives no lse")
 
     def backward(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from attnfuse.form import Causal, Window, features, form_of
+from attnfuse.form import Causal, Window, form_of, masked_by
 from attnfuse.score import Apply, Capture, Const, Expr, Symbol, walk
 from attnfuse.spec import AttentionSpec
 
@@ -54,15 +54,15 @@ class Band:
 
 @lru_cache(maxsize=1024)
 def band_of(spec: AttentionSpec, symbols: tuple[int, ...] = ()) -> Band:
-    """The band of a spec's mask, its sizes being ``symbols``; an open band where the program has no form."""
-    found = features(spec)
-    form = form_of(spec.score)
-    if found is None or form is None:
-        return Band(exact=False)
+    """The band of a spec's mask, its sizes being ``symbols``; an open band where it has none."""
+    mask = masked_by(spec)
+    if mask is None:
+        return Band(exact=form_of(spec.score) is not None or spec.normaliser == "none")
+    found = mask.features(spec.captures)
     edges = [(type(f), _number(f.offset, symbols)) for f in found if isinstance(f, (Causal, Window))]
     left = [offset for edge, offset in edges if edge is Window and offset is not None]
     right = [offset for edge, offset in edges if edge is Causal and offset is not None]
-    exact = len(left) + len(right) == len(form.keep)
+    exact = len(left) + len(right) == len(mask.keep)
     return Band(max(left, default=None), min(right, default=None), exact)
 
 
@@ -70,8 +70,11 @@ def rows_kept(spec: AttentionSpec, rows: int, keys: int, symbols: Sequence[int] 
     """Whether every query row is proven to have a finite logit, for finite scores.
 
     Proven for masks that are a band, without captured biases (which may hold -inf). A band's width is
-    concave in the row, so its first and last row decide. Symbolic sizes count at the values given.
+    concave in the row, so its first and last row decide. Symbolic sizes count at the values given. Without a softmax
+    no row needs a key.
     """
+    if spec.normaliser == "none":
+        return True
     form, band = form_of(spec.score), band_of(spec, tuple(symbols))
     if form is None or not band.exact or keys == 0 or any(_captured(bias) for bias in (*form.bias, form.scale)):
         return False

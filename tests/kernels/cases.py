@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +18,17 @@ FULL = ("b0", "h", "m", "n")
 MIN = torch.finfo(torch.float32).min
 
 
-def spec(score: str, *captures: str, sink: str | None = None, weight: str = "p", dropout: float = 0.0) -> AttentionSpec:
-    """A spec from texts; captures as ``"float32[h,m]"``."""
+def spec(
+    score: str, *captures: str, sink: str | None = None, weight: str = "p", dropout: float = 0.0, **facts: Any
+) -> AttentionSpec:
+    """A spec from texts; captures as ``"float32[h,m]"``; ``facts`` are the spec's normaliser and empty rows."""
     return AttentionSpec(
         parse(score),
         parse(weight),
         None if sink is None else parse(sink),
         dropout,
         tuple(Captured(tuple(filter(None, c[:-1].split("[")[1].split(","))), c.split("[")[0]) for c in captures),
+        **facts,
     )
 
 
@@ -59,6 +63,24 @@ SPECS = {
     "reads the score twice": spec("where(s > 0, s, 0.1 * s) + 0.01 * m", "float32[h]"),
     "weights squared": spec("0.3 * s", "float32[h]", weight="p * p * t0"),
     "dropout": spec("0.3 * s", dropout=0.4),
+    "empty rows zero": spec("where(n <= m - 3, 0.3 * s, -inf)", empty_rows="zero"),
+    "empty rows zero, padding": spec("where((n <= m) & t0, 0.3 * s, -inf)", "bool[b0,n]", empty_rows="zero"),
+    "empty rows zero, sink": spec(
+        "where(n <= m - 3, 0.3 * s, -inf)", "float32[h]", sink="where(h < 2, t0, -inf)", empty_rows="zero"
+    ),
+    "empty rows zero, none empty": spec("0.3 * s", empty_rows="zero"),
+    "empty rows zero, bias": spec("0.3 * s + where(t1, t0, -inf)", "float32[h,m,n]", "bool[b0,m]", empty_rows="zero"),
+    "linear": spec("s", normaliser="none"),
+    "linear, causal": spec("where(n <= m, 0.3 * s, 0.0)", normaliser="none"),
+    "linear, causal, decay": spec("where(n <= m, 0.3 * s * 0.9 ** (m - n), 0.0)", normaliser="none"),
+    "sigmoid": spec("sigmoid(0.3 * s - 2.0)", normaliser="none"),
+    "sigmoid, window": spec(
+        "where((n <= m) & (n >= m - 5), sigmoid(0.3 * s + t0), 0.0)", "float32[h,m,n]", normaliser="none"
+    ),
+    "squared relu, padding": spec(
+        "where(t0, relu(0.3 * s) * relu(0.3 * s), 0.0)", "bool[b0,n]", normaliser="none", dropout=0.3
+    ),
+    "linear, filled with one": spec("where(n <= m - 3, 0.3 * s, 1.0)", normaliser="none"),
     "everything": spec(
         f"where((n <= m) & t0, 5.0 * tanh(0.3 * s / 5.0) + t1 * (n - m), {MIN})",
         "bool[b0,n]", "float32[h]", "float32[h]", sink="t2", weight="max(p - 0.01, 0.0)", dropout=0.2,
@@ -174,7 +196,11 @@ def written_out(given: Case) -> Tensor:
     logit = evaluate(of.score, replace(scope, score=score)).expand(score.shape)
     if of.sink is not None:
         logit = torch.cat([logit, evaluate(of.sink, scope).expand(*logit.shape[:-1], 1)], dim=-1)
-    weight = torch.softmax(logit, dim=-1)[..., : score.shape[-1]]
+    weight = logit
+    if of.normaliser == "softmax":
+        weight = torch.softmax(logit, dim=-1)[..., : score.shape[-1]]
+    if of.empty_rows == "zero":
+        weight = weight.masked_fill(logit.isneginf().all(dim=-1, keepdim=True), 0.0)
     if of.weight != P:
         weight = evaluate(of.weight, replace(scope, weight=weight))
     return weight.to(given.value.dtype) @ repeat_heads(given.value, heads)

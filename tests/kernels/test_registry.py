@@ -92,6 +92,24 @@ def test_refusals_are_sentences_about_the_problem() -> None:
         assert any(words in reason for reason in reasons), (name, reasons)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("linear", "computes a softmax"), ("empty rows zero", "leaves a row that keeps no key NaN")]
+)
+def test_a_kernel_that_has_not_heard_of_a_fact_refuses_it(name: str, words: str, extra: type[Kernel]) -> None:
+    kernel(extra)
+    with pytest.raises(NoKernel, match=words):
+        choose(problem(name), CPU, "extra")
+    knowing = {"normalisers": ("softmax", "none"), "zeroes_empty_rows": True}
+    kernel(type("Extra", (extra,), {**knowing, "__qualname__": extra.__qualname__}))
+    assert choose(problem(name), CPU, "extra").kernel == "extra"
+
+
+def test_what_empty_rows_are_does_not_matter_where_there_are_none(extra: type[Kernel]) -> None:
+    kernel(extra)
+    kept = replace(problem("empty rows zero, none empty"), rows_kept=True)
+    assert choose(kept, CPU, "extra").kernel == "extra"
+
+
 def test_fast_numerics_let_sdpa_add_its_masks() -> None:
     padded = problem("padding")
     assert lookup("sdpa").refuses(padded, CPU)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnfuse.form import Form, describe, features, form_of
+from attnfuse.form import Form, describe, features, form_of, masked_by
 from attnfuse.score import Apply, Const, Expr, apply, parse, text
 from attnfuse.spec import AttentionSpec, Captured
 from tests.support.programs import programs
@@ -38,6 +40,32 @@ def forms(draw: st.DrawFn) -> Form:
         keep=keep,
         fill=draw(st.floats(allow_nan=False)) if keep else float("-inf"),
     )
+
+
+@pytest.mark.parametrize(
+    ("score", "facts", "words"),
+    [
+        ("where(n <= m, sigmoid(s), 0.0)", {"normaliser": "none"}, "no softmax, program, causal"),
+        ("where(n <= m, 0.5 * s, 0.0)", {"normaliser": "none"}, "no softmax, scale 0.5, causal"),
+        ("where(n <= m, s * s, -inf)", {"empty_rows": "zero"}, "program, causal, empty rows zero"),
+    ],
+)
+def test_facts_are_described(score: str, facts: dict[str, Any], words: str) -> None:
+    assert describe(AttentionSpec(parse(score), **facts)) == words
+
+
+@pytest.mark.parametrize(
+    ("score", "normaliser", "masks"),
+    [
+        ("where(n <= m, s * s, -inf)", "softmax", True),
+        ("where(n <= m, s, 0.0)", "none", True),
+        ("where(n <= m, s, -inf)", "none", False),
+        ("where(s > 0, s, 0.0)", "none", False),
+        ("s", "none", False),
+    ],
+)
+def test_a_mask_is_what_leaves_a_key_without_weight(score: str, normaliser: Any, masks: bool) -> None:
+    assert (masked_by(AttentionSpec(parse(score), normaliser=normaliser)) is not None) == masks
 
 
 @given(forms())

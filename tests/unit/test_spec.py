@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnfuse.errors import BadProgram
-from attnfuse.score import Expr, Index, P, S, parse, walk
+from attnfuse.score import Const, Expr, Index, P, S, parse, walk
 from attnfuse.spec import AttentionSpec, Captured, axes_of
 from tests.support.programs import programs
 
@@ -30,6 +30,7 @@ def specs(draw: st.DrawFn) -> AttentionSpec:
     free = programs(score=False, indices=tuple(map(Index, axes)), captures=len(captures), symbols=symbols, leaves=4)
     sink = draw(st.none() | free)
     varies = sink is not None and "n" in axes_of(sink, captures)
+    softmax = draw(st.booleans()) or (sink is not None and not varies)
     return AttentionSpec(
         score=draw(free | st.sampled_from([S, parse("where(n <= m, 0.5 * s, -inf)")])),
         weight=draw(free | st.just(P)),
@@ -38,6 +39,8 @@ def specs(draw: st.DrawFn) -> AttentionSpec:
         captures=tuple(captures),
         batch=batch,
         symbols=symbols,
+        normaliser="softmax" if softmax else "none",
+        empty_rows=draw(st.sampled_from(["nan", "zero"])) if softmax else "nan",
     )
 
 
@@ -59,6 +62,24 @@ def test_plain_attention_is_the_default() -> None:
     assert spec.to_text() == (
         '{"score": "s", "weight": "p", "sink": null, "dropout": 0.0, "captures": [], "batch": 1, "symbols": 0}'
     )
+
+
+def test_facts_are_written_where_they_are_unusual() -> None:
+    assert '"normaliser": "none"' in AttentionSpec(normaliser="none").to_text()
+    assert '"empty_rows": "zero"' in AttentionSpec(empty_rows="zero").to_text()
+
+
+@pytest.mark.parametrize(
+    "facts", [{"normaliser": "max"}, {"empty_rows": "one"}, {"normaliser": "none", "empty_rows": "zero"}]
+)
+def test_facts_that_do_not_exist_or_do_not_fit_are_refused(facts: dict[str, str]) -> None:
+    with pytest.raises(BadProgram, match=r"is one of|neither sinks nor empty rows"):
+        AttentionSpec.from_text(json.dumps({**json.loads(AttentionSpec().to_text()), **facts}))
+
+
+def test_without_a_softmax_there_is_no_sink() -> None:
+    with pytest.raises(BadProgram, match="neither sinks nor empty rows"):
+        AttentionSpec(sink=Const(0.0), normaliser="none")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """The backward of the blocked kernel: each block's weights are computed again and differentiated.
 
 With ``w`` the weights, ``g`` the gradient that reaches them and ``x`` the logits, ``dx = w * (g - sum(w * g))``,
-row by row (Rabe and Staats 2021). The programs before and after it go through their pullbacks
-(:mod:`attnfuse.derivative`). Sums over blocks are kept in float32, or float64 for float64 operands and captures.
+row by row (Rabe and Staats 2021); without a softmax ``dx = g``. The programs before and after it go through their
+pullbacks (:mod:`attnfuse.derivative`). Sums over blocks are kept in float32, or float64 for float64 operands and
+captures.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from attnfuse.derivative import pullback
 from attnfuse.kernels.cpu.blocks import Block
 from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.chain import Chain
-from attnfuse.kernels.cpu.forward import WORKSPACE, logits, scores
+from attnfuse.kernels.cpu.forward import WORKSPACE, logits, scores, weights_
 from attnfuse.reference import Scope, evaluate
 from attnfuse.score import Capture, Const, Expr, P, S, Score, walk
 
@@ -61,11 +62,12 @@ class Gradients:
         call = self.call
         block, logit = logits(call, block, chain)
         keys, scope = block.shape[-1], call.scope(block)
-        weight = torch.softmax(logit, dim=-1, out=logit)
+        weight = weights_(call, logit)
         grad = self._weight_gradient(block, scope, weight)
-        grad = torch.ops.aten._softmax_backward_data.out(grad, weight, -1, weight.dtype, grad_input=grad)
-        if self.grad_lse is not None:
-            grad.addcmul_(weight, call.heads_of(block, self.grad_lse).unsqueeze(-1).to(weight.dtype))
+        if call.spec.normaliser == "softmax":
+            grad = torch.ops.aten._softmax_backward_data.out(grad, weight, -1, weight.dtype, grad_input=grad)
+            if self.grad_lse is not None:
+                grad.addcmul_(weight, call.heads_of(block, self.grad_lse).unsqueeze(-1).to(weight.dtype))
         if call.spec.sink is not None:
             self._pull_captures(call.spec.sink, replace(scope, weight=grad[..., keys:]))
         inner = replace(scope, score=self._raw_scores(block), weight=grad[..., :keys])

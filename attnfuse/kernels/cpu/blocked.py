@@ -22,7 +22,7 @@ from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel
 from attnfuse.reference import attention
-from attnfuse.spec import AttentionSpec
+from attnfuse.spec import AttentionSpec, Normaliser
 from attnfuse.target import Target
 
 __all__ = ["Blocked"]
@@ -38,6 +38,8 @@ class Blocked(Kernel):
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     portable: ClassVar[bool] = True
     gives_lse: ClassVar[bool] = True
+    normalisers: ClassVar[tuple[Normaliser, ...]] = ("softmax", "none")
+    zeroes_empty_rows: ClassVar[bool] = True
 
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
         """Only dtypes that torch has no matrix product for."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.dropout import kept
-from attnfuse.form import ABSORBING, Form, form_of
+from attnfuse.form import ABSORBING, masked_by
 from attnfuse.kernels.cpu.blocks import Block, Layout, Span, blocks
 from attnfuse.kernels.cpu.chain import Chain
 from attnfuse.kernels.rows import Band, band_of, rows_kept
@@ -61,7 +61,8 @@ class Call:
     @cached_property
     def plain(self) -> bool:
         """Whether weights are the softmax of products of a half type, which torch takes as they are."""
-        unchanged = self.program == S and self.spec.weight == P
+        unchanged = self.program == S and self.spec.weight == P and self.spec.normaliser == "softmax"
+        unchanged = unchanged and self.spec.empty_rows == "nan"
         return self.half and unchanged and self.spec.sink is None and not self.spec.dropout
 
     @property
@@ -82,28 +83,33 @@ class Call:
         return Layout(tuple(batch), kv_heads, heads // kv_heads, rows, keys)
 
     @cached_property
-    def form(self) -> Form | None:
-        """The form of the score program, where it has one and masks with it."""
-        form = form_of(self.spec.score)
-        return form if form is not None and form.keep and form.fill <= FILL else None
+    def fill(self) -> float | None:
+        """The logit of a masked key, where that may be left out; None where nothing is masked so."""
+        mask = masked_by(self.spec)
+        return mask.fill if mask is not None and (mask.fill <= FILL or self.spec.normaliser == "none") else None
+
+    @cached_property
+    def rows_kept(self) -> bool:
+        """Whether every row is proven to keep a key."""
+        return rows_kept(self.spec, self.layout.rows, self.layout.keys, self.symbols)
 
     @cached_property
     def band(self) -> Band:
         """The band of the mask: keys outside have weight zero, in rows that keep a key."""
-        return Band(exact=False) if self.form is None else band_of(self.spec, tuple(self.symbols))
+        return Band(exact=False) if self.fill is None else band_of(self.spec, tuple(self.symbols))
 
     @cached_property
     def certain(self) -> bool:
         """Whether leaving out keys outside of the band is right even without looking at the logits.
 
         A row that keeps no key is NaN, with or without the keys behind -inf, but their values' gradients
-        are NaN too, unless there is a sink. Behind a finite fill such a row weighs *all* keys equally.
+        are NaN too, unless there is a sink or empty rows are zero. Behind a finite fill such a row weighs *all*
+        keys equally. Without a softmax a masked key weighs nothing whatever the others do.
         """
-        if self.form is None:
+        if self.fill is None or self.spec.normaliser == "none":
             return True
-        if self.form.fill == float("-inf") and (self.spec.sink is not None or not self.training):
-            return True
-        return self.form.fill <= ABSORBING and rows_kept(self.spec, self.layout.rows, self.layout.keys, self.symbols)
+        harmless = self.spec.sink is not None or self.spec.empty_rows == "zero" or not self.training
+        return (self.fill == float("-inf") and harmless) or (self.fill <= ABSORBING and self.rows_kept)
 
     @property
     def proven_band(self) -> Band:
@@ -112,9 +118,9 @@ class Call:
 
     def alive(self, logit: Tensor) -> bool:
         """Whether in every row some logit is so far above the fill that masked keys have weight zero."""
-        if self.form is None:
+        if self.fill is None:
             return True
-        return bool((logit.amax(dim=-1) > self.form.fill + MARGIN).all())
+        return bool((logit.amax(dim=-1) > self.fill + MARGIN).all())
 
     def blocks(self) -> Iterator[tuple[Block, Chain]]:
         """Every block, with a chain that blocks of the same rows share."""

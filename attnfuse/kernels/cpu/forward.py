@@ -16,7 +16,7 @@ from attnfuse.kernels.cpu.chain import Chain
 from attnfuse.reference import evaluate
 from attnfuse.score import P
 
-__all__ = ["Forward", "logits", "weighed"]
+__all__ = ["Forward", "logits", "weighed", "weights_"]
 
 
 class Workspace(threading.local):
@@ -86,6 +86,15 @@ def _logits(call: Call, block: Block, chain: Chain) -> Tensor:
     return room
 
 
+def weights_(call: Call, logit: Tensor) -> Tensor:
+    """The weights of a block's logits, in their place: a softmax works row by row."""
+    if call.spec.normaliser == "none":
+        return logit
+    empty = None if call.spec.empty_rows == "nan" or call.rows_kept else logit.amax(dim=-1, keepdim=True).isneginf()
+    weight = torch.softmax(logit, dim=-1, out=logit)
+    return weight if empty is None else weight.masked_fill_(empty, 0.0)
+
+
 def weighed(call: Call, block: Block, weight: Tensor) -> Tensor:
     """What multiplies value: the weights after the weight program and dropout."""
     if call.spec.weight != P:
@@ -131,12 +140,12 @@ class Forward:
         block, logit = logits(self.call, block, chain)
         keys = block.shape[-1]
         top = logit.amax(dim=-1) if self.with_lse else None
-        # row by row, so the weights may overwrite the logits
-        weight = torch.softmax(logit, dim=-1, out=logit)
-        lse = None if top is None else _lse(top, weight)
+        weight = weights_(self.call, logit)
+        lse = None if top is None else self._lse(top, weight)
         return block, weighed(self.call, block, weight[..., :keys]).reshape(block.lead, -1, keys), lse
 
-
-def _lse(top: Tensor, weight: Tensor) -> Tensor:
-    """The largest logit of a row has weight ``1 / sum(exp(logit - top))``. ``top`` alone where it is infinite."""
-    return torch.where(top.isinf(), top, top - weight.amax(dim=-1).log_())
+    def _lse(self, top: Tensor, weight: Tensor) -> Tensor:
+        """The largest logit of a row has weight ``1 / sum(exp(logit - top))``. ``top`` alone where it is infinite."""
+        if self.call.spec.normaliser == "none":
+            return torch.zeros_like(top)
+        return torch.where(top.isinf(), top, top - weight.amax(dim=-1).log_())

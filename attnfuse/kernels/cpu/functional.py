@@ -10,7 +10,7 @@ from torch import Tensor
 from attnfuse.kernels.cpu.blocks import Block, row_blocks
 from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.forward import weighed
-from attnfuse.reference import evaluate
+from attnfuse.reference import evaluate, normalised
 
 __all__ = ["attend_by_rows", "attend_whole"]
 
@@ -27,7 +27,7 @@ def attend(call: Call, block: Block) -> Tensor:
     if spec.sink is not None:
         sink = evaluate(spec.sink, scope).to(call.dtype)
         logit = torch.cat([logit, sink.expand(*block.shape[:-1], 1)], dim=-1)
-    weight = torch.softmax(logit, dim=-1)[..., :keys]
+    weight = normalised(spec, logit)[..., :keys]
     value = call.keys_of(block, call.value)
     used = weighed(call, block, weight).to(value.dtype).reshape(block.lead, -1, keys)
     return torch.bmm(used, value).view(*block.shape[:-1], -1).to(call.value.dtype)

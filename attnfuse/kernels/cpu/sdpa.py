@@ -2,9 +2,10 @@
 
 Exactly means: the mask is none, top-left causal, or a captured additive bias. Any other mask would be
 added to the scores, so that a NaN or infinite key behind it would reach the row; ``numerics="fast"``
-allows that. A row that a bias masks with -inf throughout is zero in SDPA and NaN in the written-out
-program: such rows are found in the bias and made NaN again. The backward of ATen's CPU kernel normalises
-by ``exp(s - lse)``, which is wrong on rows of one huge negative bias: with a bias ours takes its place.
+allows that. A row that a bias masks with -inf throughout is zero in SDPA: where the spec wants NaN, as in
+the written-out program, such rows are found in the bias and made NaN again. The backward of ATen's CPU
+kernel normalises by ``exp(s - lse)``, which is wrong on rows of one huge negative bias: with a bias ours
+takes its place.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Sdpa(Kernel):
     portable: ClassVar[bool] = True
     gives_lse: ClassVar[bool] = True
     saves_lse: ClassVar[bool] = True
+    zeroes_empty_rows: ClassVar[bool] = True
 
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
         """What SDPA cannot say, or says with another meaning."""
@@ -78,7 +80,7 @@ class Sdpa(Kernel):
             enable_gqa=query.shape[-3] != key.shape[-3],
         )
         out = out.view(*batch, *out.shape[-3:])
-        if mask is None or rows_kept(spec, query.shape[-2], key.shape[-2], symbols):
+        if mask is None or spec.empty_rows == "zero" or rows_kept(spec, query.shape[-2], key.shape[-2], symbols):
             return out
         dead = mask.amax(dim=-1, keepdim=True) == float("-inf")
         return torch.where(dead, float("nan"), out)
