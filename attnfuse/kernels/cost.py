@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from attnfuse.form import form_of
+from attnfuse.form import form_of, masked_by
 from attnfuse.kernels.cpu.calibrate import speed
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.rows import Band, band_of
@@ -66,6 +66,8 @@ RATES = {torch.float32: FLOAT, torch.bfloat16: BFLOAT16, torch.float16: HALF, to
 
 #: Each score: a step in place, a step out of place, a transcendental, Inductor's tanh, a sink's concatenation.
 STEP, COPYING_STEP, TRANSCENDENTAL, TANH_UNFUSED, SINK_UNFUSED = 0.1, 0.8, 0.8, 1.7, 0.4
+#: Each score: Inductor's mask, which it computes or reads score by score (0.4 to 3 were measured).
+MASK_UNFUSED = 0.4
 #: Each score: the derivative of a tanh.
 TANH_AGAIN = 2.5
 #: Each score of a program that is not compiled: conversions and steps that pass through memory.
@@ -147,6 +149,7 @@ def _written_out(problem: Problem, product: float) -> float:
     rates, threads = _rates(problem), torch.get_num_threads()
     each = _contraction(problem, product) + rates.softmax_unfused
     each += TANH_UNFUSED * _count(problem, "tanh") + (SINK_UNFUSED if problem.spec.sink is not None else 0.0)
+    each += MASK_UNFUSED if masked_by(problem.spec) is not None else 0.0
     each += DROPOUT_UNFUSED if problem.spec.dropout else 0.0
     each += rates.spilled if problem.scores * 4 > CACHE else 0.0
     steps = rates.training_unfused if problem.training else 1.0

@@ -69,7 +69,7 @@ class Gradients:
             if self.grad_lse is not None:
                 grad.addcmul_(weight, call.heads_of(block, self.grad_lse).unsqueeze(-1).to(weight.dtype))
         if call.spec.sink is not None:
-            self._pull_captures(call.spec.sink, replace(scope, weight=grad[..., keys:]))
+            self._pull_captures(call.spec.sink, replace(scope, weight=grad[..., keys : keys + 1]))
         inner = replace(scope, score=self._raw_scores(block), weight=grad[..., :keys])
         self._pull_captures(call.spec.score, inner)
         if self.needs[0] or self.needs[1]:
@@ -87,7 +87,7 @@ class Gradients:
         return scores(self.call, block)[..., : block.shape[-1]] / self.call.alpha
 
     def _weight_gradient(self, block: Block, scope: Scope, weight: Tensor) -> Tensor:
-        """The gradient of the weights, the sink's column included; sums value's gradient."""
+        """The gradient of the weights, the sink's columns included; sums value's gradient."""
         call, keys = self.call, block.shape[-1]
         grad_out, value = call.rows_of(block, self.grad_out), call.keys_of(block, call.value)
         room, grad = self._room(block)
@@ -110,9 +110,9 @@ class Gradients:
         return room
 
     def _room(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Memory for the gradient of the weights, and its part without the sink's column, which is zero."""
+        """Memory for the gradient of the weights, and its part without the sink's columns, which are zero."""
         *rows, keys = block.shape
-        room = WORKSPACE.take("gradient", (*rows, keys + (self.call.spec.sink is not None)), self.call.dtype)
+        room = WORKSPACE.take("gradient", (*rows, self.call.columns(keys)), self.call.dtype)
         room[..., keys:].zero_()
         return room, room[..., :keys]
 

@@ -22,6 +22,8 @@ __all__ = ["Call"]
 
 #: A fill at or below this masks; a higher one is taken for a score.
 FILL = -1e4
+#: Float32 numbers of a vector register: rows of any other length take a tenth longer.
+VECTOR = 16
 #: ``exp(-MARGIN)`` is zero, in float64 too.
 MARGIN = 1000.0
 
@@ -64,6 +66,10 @@ class Call:
         unchanged = self.program == S and self.spec.weight == P and self.spec.normaliser == "softmax"
         unchanged = unchanged and self.spec.empty_rows == "nan"
         return self.half and unchanged and self.spec.sink is None and not self.spec.dropout
+
+    def columns(self, keys: int) -> int:
+        """How many columns a block of so many keys has: with a sink one more, and -inf up to a whole vector."""
+        return keys if self.spec.sink is None else -(-(keys + 1) // VECTOR) * VECTOR
 
     @property
     def alpha(self) -> float:

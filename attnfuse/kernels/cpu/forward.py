@@ -54,9 +54,9 @@ def products(call: Call, block: Block, room: Tensor) -> Tensor:
 
 
 def scores(call: Call, block: Block) -> Tensor:
-    """The scores of a block times ``call.alpha``, ``[*B, H, M, N]``, with room for the sink as one more column."""
+    """The scores of a block times ``call.alpha``, ``[*B, H, M, N]``, with room for a sink behind them."""
     *rows, keys = block.shape
-    room = WORKSPACE.take("scores", (*rows, keys + (call.spec.sink is not None)), call.dtype)
+    room = WORKSPACE.take("scores", (*rows, call.columns(keys)), call.dtype)
     if call.half:
         product = WORKSPACE.take("product", block.shape, call.query.dtype)
         room[..., :keys].copy_(products(call, block, product).view(block.shape))
@@ -66,7 +66,7 @@ def scores(call: Call, block: Block) -> Tensor:
 
 
 def logits(call: Call, block: Block, chain: Chain) -> tuple[Block, Tensor]:
-    """The logits of a block, the sink's as the last column; and the block, with all keys if a row needs them."""
+    """The logits of a block, the sink's behind them; and the block, with all keys if a row needs them."""
     logit = _logits(call, block, chain)
     if call.certain or block.keys == (0, call.layout.keys) or call.alive(logit):
         return block, logit
@@ -82,7 +82,8 @@ def _logits(call: Call, block: Block, chain: Chain) -> Tensor:
     if found is not target:
         target.copy_(found)
     if call.spec.sink is not None:
-        room[..., keys:].copy_(chain.value(call.spec.sink, scope))
+        room[..., keys : keys + 1].copy_(chain.value(call.spec.sink, scope))
+        room[..., keys + 1 :].fill_(float("-inf"))
     return room
 
 
