@@ -17,6 +17,9 @@ program, unless ``spec.empty_rows`` says "zero", as ``scaled_dot_product_attenti
 
 With ``spec.normaliser`` "none" the logit is the weight: sigmoid attention, ReLU^2, the masked product of linear
 attention. A key is then masked by a logit of zero, no row is empty, and there is no sink.
+
+Scores of half types may be rounded to that type, as the written-out program rounds them, unless
+``spec.exact_scores``: then they are float32, as in ``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ class AttentionSpec:
     symbols: int = 0
     normaliser: Normaliser = "softmax"
     empty_rows: EmptyRows = "nan"
+    exact_scores: bool = False
 
     def __post_init__(self) -> None:
         if self.batch < 0 or self.symbols < 0:
@@ -109,16 +113,10 @@ class AttentionSpec:
     def to_text(self) -> str:
         """One line of JSON, with programs in their text form; the op carries it.
 
-        ``normaliser`` and ``empty_rows`` are left out where they have their defaults.
+        The last three fields are left out where they have their defaults.
         """
-        unusual = {
-            name: value
-            for name, value, usual in (
-                ("normaliser", self.normaliser, "softmax"),
-                ("empty_rows", self.empty_rows, "nan"),
-            )
-            if value != usual
-        }
+        facts = ("normaliser", "empty_rows", "exact_scores")
+        unusual = {name: getattr(self, name) for name in facts if getattr(self, name) != getattr(AttentionSpec, name)}
         return json.dumps(
             {
                 "score": text(self.score),
@@ -147,6 +145,7 @@ class AttentionSpec:
                 symbols=int(raw["symbols"]),
                 normaliser=raw.get("normaliser", "softmax"),
                 empty_rows=raw.get("empty_rows", "nan"),
+                exact_scores=bool(raw.get("exact_scores", False)),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadProgram(f"not an attention spec: {source[:80]!r} ({error})") from None

@@ -9,8 +9,9 @@ import torch
 from torch.fx import Node
 
 from attnfuse.axes import Axis, Index, Size
+from attnfuse.kernels import Source
 from attnfuse.score import Capture, Expr, walk
-from attnfuse.spec import AttentionSpec
+from attnfuse.spec import AttentionSpec, EmptyRows, Normaliser
 
 __all__ = ["Attention", "Layout", "Leaf", "Operand", "Place", "Site"]
 
@@ -50,7 +51,8 @@ class Site:
     ``s`` or ``p``, tensors ``t<slot>`` that ``leaves`` explains, indices that ``variables`` explains, and
     sizes ``z<slot>`` of ``symbols``. Places are in axes that are split no further. ``reads`` are all nodes that
     were interpreted, with where, and ``consumers`` the first node that reads each; ``interior`` are those from
-    the first contraction up to the second.
+    the first contraction up to the second. ``source`` says how the graph computes it. Where that is one call,
+    ``product`` and ``softmax`` are that call.
     """
 
     node: Node
@@ -72,6 +74,10 @@ class Site:
     symbols: tuple[Size, ...]
     reads: Mapping[Node, Place]
     consumers: Mapping[Node, Node]
+    normaliser: Normaliser = "softmax"
+    empty_rows: EmptyRows = "nan"
+    source: Source = "written"
+    exact_scores: bool = False
     interior: frozenset[Node] = frozenset()
 
     def programs(self) -> tuple[Expr, ...]:

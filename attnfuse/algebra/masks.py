@@ -58,6 +58,8 @@ def _logic(expr: Expr, kinds: Kinds) -> Expr | None:
     match expr:
         case Apply("not", (Apply("not", (x,)),)):
             return x
+        case Apply("not", (Apply("eq" | "ne" as op, args),)):  # of NaN too
+            return apply(_OPPOSITE[op], *args)
         case Apply("not", (Apply(op, args),)) if op in _OPPOSITE and all(kind(a, kinds) != "float" for a in args):
             return apply(_OPPOSITE[op], *args)
         case Apply("not", (Apply("and", (a, b)),)):
@@ -70,12 +72,22 @@ def _logic(expr: Expr, kinds: Kinds) -> Expr | None:
             return Const(True) if c else x
         case Apply("and", (a, Apply("and", (b, c)))):
             return apply("and", apply("and", a, b), c)
+    return None
+
+
+def _chosen_bool(expr: Expr, kinds: Kinds) -> Expr | None:
+    """``where(c, True, False) -> c``, ``where(c, x, False) -> c & x``, ``where(c, x, True) -> ~c | x``."""
+    match expr:
         case Apply("where", (c, Const(True), Const(False))):
             return c
         case Apply("where", (c, Const(False), Const(True))):
             return apply("not", c)
         case Apply("where", (c, x, Const(False))):
             return apply("and", c, x)
+        case Apply("where", (c, x, Const(True))) if kind(x, kinds) == "bool":
+            return apply("or", apply("not", c), x)
+        case Apply("where", (c, Const(bool(yes)), x)) if kind(x, kinds) == "bool":
+            return apply("or", c, x) if yes else apply("and", apply("not", c), x)
     return None
 
 
@@ -136,6 +148,7 @@ MASK_RULES: tuple[Rule, ...] = (
     _numbers_from_bools,
     _into_choice,
     _logic,
+    _chosen_bool,
     _choose_by_keep,
     _added_mask,
     _distance,

@@ -6,7 +6,7 @@ from attnfuse.kernels.cpu import blocked as _blocked  # noqa: F401  (registers)
 from attnfuse.kernels.cpu import direct as _direct  # noqa: F401  (registers)
 from attnfuse.kernels.cpu import sdpa as _sdpa  # noqa: F401  (registers)
 from attnfuse.kernels.kernel import Kernel, Residual
-from attnfuse.kernels.problem import Numerics, Operand, Problem
+from attnfuse.kernels.problem import Numerics, Operand, Problem, Source
 from attnfuse.kernels.registry import UNFUSED, Candidate, Choice, choose, digest, kernel, kernels, lookup
 from attnfuse.kernels.rows import rows_kept
 
@@ -19,6 +19,7 @@ __all__ = [
     "Operand",
     "Problem",
     "Residual",
+    "Source",
     "choose",
     "digest",
     "kernel",

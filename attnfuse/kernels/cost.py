@@ -20,6 +20,7 @@ from attnfuse.kernels.cpu.calibrate import speed
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.rows import Band, band_of
 from attnfuse.score import Apply, P, walk
+from attnfuse.spec import AttentionSpec
 
 __all__ = ["blocked", "sdpa", "unfused"]
 
@@ -61,6 +62,8 @@ BFLOAT16 = Rates(
 )  # fmt: skip
 #: Our blocks multiply float16 as float32; everybody else multiplies it as it is, which few CPUs can.
 HALF = replace(FLOAT, flash=0.0390, pack=1.0, training_flash=18.0, product_unfused=0.45)
+#: Our blocks multiply bfloat16 as float32 too where its scores must not be rounded.
+EXACT = replace(FLOAT, flash=BFLOAT16.flash, pack=0.5)
 DOUBLE = Rates(0.0440, 0.0600, softmax=2.0, softmax_unfused=3.0, tanh=5.0)
 RATES = {torch.float32: FLOAT, torch.bfloat16: BFLOAT16, torch.float16: HALF, torch.float64: DOUBLE}
 
@@ -74,6 +77,8 @@ TANH_AGAIN = 2.5
 EAGER = 2.0
 #: Each weight of dropout's mask, drawn by us and by Inductor.
 DROPOUT, DROPOUT_UNFUSED = 3.0, 2.0
+#: Each score of a mask that ATen's flash attention is handed as a tensor.
+MASKED_CALL = 0.7
 #: Each byte from memory.
 BYTE = 0.08
 #: Nanoseconds of a block, of a call of our op, of a call of ATen's kernel, of an unfused graph's calls.
@@ -135,6 +140,8 @@ def unfused(problem: Problem) -> float:
     are repeated; elsewhere it reads a repeated head where it lies.
     """
     rates = _rates(problem)
+    if problem.source.startswith("sdpa") and _is_flash(problem):
+        return _called(problem)
     if not problem.compiled:
         return direct(problem)
     if not _plain(problem):
@@ -143,6 +150,20 @@ def unfused(problem: Problem) -> float:
     # read, written and read again
     copied = 3 * repeats * _kv_bytes(problem) if repeats > 1 else 0
     return _flash(problem) + copied * BYTE / torch.get_num_threads() * 1e-9
+
+
+def _is_flash(problem: Problem) -> bool:
+    """Whether scaled_dot_product_attention would call ATen's flash attention."""
+    return not problem.spec.dropout and problem.query.shape[-1] == problem.value.shape[-1]
+
+
+def _called(problem: Problem) -> float:
+    """Seconds of the call of flash attention that the graph has; behind a mask it skips nothing."""
+    if problem.source != "sdpa masked":
+        return _flash(problem)
+    steps = _rates(problem).training_flash if problem.training else 1.0
+    bare = replace(problem, spec=AttentionSpec(batch=problem.spec.batch), captures=())
+    return _flash(bare) + steps * problem.scores * MASKED_CALL / torch.get_num_threads() * 1e-9
 
 
 def _written_out(problem: Problem, product: float) -> float:
@@ -164,14 +185,13 @@ def _plain(problem: Problem) -> bool:
 
 
 def _rates(problem: Problem) -> Rates:
-    return rates_of(problem.query.dtype)
+    return rates_of(problem.query.dtype, exact=problem.spec.exact_scores)
 
 
-def rates_of(dtype: torch.dtype) -> Rates:
+def rates_of(dtype: torch.dtype, *, exact: bool = False) -> Rates:
     """The shipped rates, with flash attention as much slower than products as it is measured to be on this machine."""
-    shipped = RATES.get(dtype, FLOAT)
-    # our blocks multiply float16 as float32
-    measured, ours = speed(dtype), speed(torch.float32 if dtype == torch.float16 else dtype)
+    shipped = EXACT if exact and dtype == torch.bfloat16 else RATES.get(dtype, FLOAT)
+    measured, ours = speed(dtype), speed(torch.float32 if shipped in (HALF, EXACT) else dtype)
     if measured is None or ours is None:
         return shipped
     return replace(shipped, flash=shipped.product * measured.flash / ours.product)

@@ -10,11 +10,15 @@ import torch
 
 from attnfuse.spec import AttentionSpec
 
-__all__ = ["Numerics", "Operand", "Problem"]
+__all__ = ["Numerics", "Operand", "Problem", "Source"]
 
 #: ``faithful`` keeps NaN, infinities and fully masked rows as the source has them; ``fast`` may
 #: treat fully masked rows as zero and finite fills as -inf.
 Numerics = Literal["faithful", "fast"]
+
+#: How the graph computes the attention as it is: written out, by one call of scaled_dot_product_attention (without a
+#: mask, with is_causal, with a mask as a tensor), or by one of flex_attention.
+Source = Literal["written", "sdpa", "sdpa causal", "sdpa masked", "flex"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Problem:
     ``symbols`` are hints of the spec's symbolic sizes, for estimates only (empty when unknown);
     ``compiled`` says that the graph around the attention will be compiled, and so would the unfused one.
     ``dynamic`` says that sizes may differ from the hints at run time; ``rows_kept`` that every query
-    row is *proven* to keep at least one key, so that fully masked rows cannot occur.
+    row is *proven* to keep at least one key, so that fully masked rows cannot occur. ``source`` says what a kernel
+    competes with.
     """
 
     spec: AttentionSpec
@@ -46,6 +51,7 @@ class Problem:
     dynamic: bool = False
     rows_kept: bool = False
     numerics: Numerics = "faithful"
+    source: Source = "written"
 
     @property
     def training(self) -> bool:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch.fx import Node
 
 from attnfuse.algebra import normalise
 from attnfuse.axes import Axis, Index, Unreadable
 from attnfuse.errors import Refused
 from attnfuse.graph import facts
-from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, Softmax
+from attnfuse.kernels import Source
+from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, Reduced, Softmax
 from attnfuse.passes.lift.normaliser import divided_by_sum
 from attnfuse.passes.lift.operand import factored, viewed
 from attnfuse.passes.lift.reader import Reader
 from attnfuse.passes.site import Operand, Site
 from attnfuse.score import Apply, Capture, Expr, P, S, apply, rewrite, walk
+from attnfuse.spec import EmptyRows, Normaliser
 
-__all__ = ["read_site"]
+__all__ = ["Parts", "read_site", "site_of"]
 
 
 def read_site(reader: Reader, node: Node) -> Site | None:
@@ -108,22 +112,69 @@ def _assemble(
     dot = apply("mul", apply("mul", query.factor, key.factor), S)
     slot = reader.atom(inner)
     score = rewrite(softmax.logit, lambda e: dot if e == slot else e)
-    programs = [_leaves_only(reader, program) for program in (score, weight, *softmax.extra)]
-    return Site(
+    parts = Parts(
         node=node,
         product=inner.node,
         softmax=softmax.node,
-        place=reader.final(place),
-        weight_place=reader.final(weight_place),
-        keys=reader.space.resolve(outer.axes),
-        inner=reader.space.resolve(inner.axes),
-        query=_final(reader, query),
-        key=_final(reader, key),
-        value=_final(reader, value),
+        place=place,
+        weight_place=weight_place,
+        keys=outer.axes,
+        inner=inner.axes,
+        operands=(query, key, value),
+        score=score,
+        weight=weight,
+        extra=softmax.extra,
+        dropout=dropout,
+        empty_rows=softmax.empty_rows,
+    )
+    return site_of(reader, parts)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a :class:`Site` is made of, as it was read: places before later splits, programs of any atoms."""
+
+    node: Node
+    product: Node
+    softmax: Node
+    place: Place
+    weight_place: Place
+    keys: tuple[Axis, ...]
+    inner: tuple[Axis, ...]
+    operands: tuple[Operand, Operand, Operand]
+    score: Expr
+    weight: Expr = P
+    extra: tuple[Expr, ...] = ()
+    dropout: float = 0.0
+    normaliser: Normaliser = "softmax"
+    empty_rows: EmptyRows = "nan"
+    source: Source = "written"
+    exact_scores: bool = False
+
+
+def site_of(reader: Reader, parts: Parts) -> Site:
+    """The site in today's axes, its programs of leaves alone. Raises :class:`Refused` where they cannot be."""
+    programs = [_leaves_only(reader, program) for program in (parts.score, parts.weight, *parts.extra)]
+    query, key, value = (_final(reader, operand) for operand in parts.operands)
+    return Site(
+        node=parts.node,
+        product=parts.product,
+        softmax=parts.softmax,
+        place=reader.final(parts.place),
+        weight_place=reader.final(parts.weight_place),
+        keys=reader.space.resolve(parts.keys),
+        inner=reader.space.resolve(parts.inner),
+        query=query,
+        key=key,
+        value=value,
         score=normalise(programs[0], reader.kind_of),
         weight=programs[1],
         extra=tuple(programs[2:]),
-        dropout=dropout,
+        dropout=parts.dropout,
+        normaliser=parts.normaliser,
+        empty_rows=parts.empty_rows,
+        source=parts.source,
+        exact_scores=parts.exact_scores,
         leaves={
             slot: Leaf(atom.node, reader.final(atom.place))
             for slot, atom in enumerate(reader.atoms)
@@ -192,6 +243,18 @@ def _weight_program(reader: Reader, weights: Expr, softmax: Softmax) -> tuple[fl
     return rate, weight
 
 
+def _place_of(atom: Atom) -> Place | None:
+    """Where the tensor of an atom's node is read."""
+    match atom:
+        case Dot():
+            return atom.place
+        case Reduced() if facts.rank(atom.node) == len(atom.place):
+            return atom.place
+        case Reduced():
+            return atom.place[: atom.dim] + atom.place[atom.dim + 1 :]
+    return None
+
+
 def _leaves_only(reader: Reader, expr: Expr) -> Expr:
     """Every atom that is no leaf, such as a second product, taken as the tensor that it is."""
 
@@ -201,9 +264,9 @@ def _leaves_only(reader: Reader, expr: Expr) -> Expr:
         atom = reader.atoms[part.slot]
         if isinstance(atom, Leaf):
             return part
-        place = atom.place if isinstance(atom, Dot) else None
+        place = _place_of(atom)
         if place is None:
-            raise _refusal("the logits hold another reduction", atom.node)
+            raise _refusal("the logits hold another softmax", atom.node)
         leaf = reader.leaf(atom.node, place)
         if not reader.is_plain(Leaf(atom.node, place)):
             raise _refusal("the logits hold a product that is read in part", atom.node)

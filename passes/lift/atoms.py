@@ -13,6 +13,7 @@ from torch.fx import Node
 from attnfuse.axes import Axis, Index
 from attnfuse.passes.site import Leaf, Place
 from attnfuse.score import Expr
+from attnfuse.spec import EmptyRows
 
 __all__ = ["Atom", "Dot", "Dropped", "Leaf", "Place", "Reduced", "Softmax"]
 
@@ -34,18 +35,20 @@ class Dot:
 class Softmax:
     """One weight of a softmax: ``logit`` read at ``key``, over all keys and the logits in ``extra``.
 
-    ``extra`` are the columns of the normalised dimension beyond those that ``key`` runs over.
+    ``extra`` are the columns of the normalised dimension beyond those that ``key`` runs over; ``empty_rows`` is as in
+    :mod:`attnfuse.spec`.
     """
 
     node: Node
     key: Index
     logit: Expr
     extra: tuple[Expr, ...]
+    empty_rows: EmptyRows = "nan"
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """``kind`` ("max", "sum" or "logsumexp") of ``operand`` over dimension ``dim``; ``place`` has a 0 there."""
+    """``kind`` ("max", "sum", "logsumexp" or "any") of ``operand`` over dimension ``dim``; ``place`` has a 0 there."""
 
     kind: str
     node: Node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -22,7 +23,7 @@ __all__ = ["NORMALISERS", "NORMALISER_NAMES", "divided_by_sum"]
 Arguments = Mapping[str, Any]
 
 #: What a chain of operations that makes weights begins with.
-NORMALISER_NAMES = ("softmax", "_softmax", "special_softmax", "log_softmax", "_log_softmax", "exp")
+NORMALISER_NAMES = ("softmax", "_softmax", "special_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "exp")
 
 #: More columns than this beside the keys are not sinks.
 _MAX_EXTRA = 4
@@ -40,6 +41,31 @@ def _softmax(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
 
     extra = tuple(map(logit, _beyond(key, facts.shape(source)[dim])))
     return reader.atom(Softmax(node, key, logit(key), extra))
+
+
+def _safe_softmax(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    """A softmax whose empty rows are zero."""
+    return _with_zero_rows(reader, _softmax(reader, node, args, place))
+
+
+def _with_zero_rows(reader: Reader, weight: Expr) -> Expr:
+    match weight:
+        case Capture(slot) if isinstance(softmax := reader.atoms[slot], Softmax):
+            return reader.atom(replace(softmax, empty_rows="zero"))
+    raise Unreadable("a safe softmax of which a part is used")
+
+
+def _where(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    """``where(any(x != -inf), softmax(x), 0)``, as export spells the safe softmax."""
+    expr = normalise(POINTWISE["where"](reader, node, args, place), reader.kind_of)
+    match expr:
+        case Apply("where", (Capture(some), Capture(slot) as weight, Const(0.0))):
+            softmax, found = reader.atoms[slot], reader.atoms[some]
+            if isinstance(softmax, Softmax) and isinstance(found, Reduced) and not softmax.extra:
+                kept = apply("ne", softmax.logit, Const(float("-inf")))
+                if found.kind == "any" and _same(reader, read_whole(reader, found, softmax.key), kept):
+                    return _with_zero_rows(reader, weight)
+    return expr
 
 
 def _log_softmax(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
@@ -168,6 +194,8 @@ def _exp(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
 NORMALISERS: dict[str, Rule] = {
     **dict.fromkeys(("softmax", "_softmax", "special_softmax"), _softmax),
     **dict.fromkeys(("log_softmax", "_log_softmax"), _log_softmax),
+    "_safe_softmax": _safe_softmax,
+    "where": _where,
     "div": _div,
     "mul": _mul,
     "exp": _exp,

@@ -135,6 +135,8 @@ class Reader:
         match self.atoms[slot]:
             case Leaf(node) | Dot(node):
                 return facts.kind(node)
+            case Reduced("any"):
+                return "bool"
         return "float"
 
     def is_score_or_weight(self, slot: int) -> bool:

@@ -1,4 +1,4 @@
-"""Reductions over one dimension: the maximum, sum and logsumexp that people write softmax with."""
+"""Reductions over one dimension: the maximum, sum and logsumexp that people write softmax with, and "any"."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def read_whole(reader: Reader, reduced: Reduced, key: Index) -> Expr:
 
 def _reduction(kind: str) -> Rule:
     def rule(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
-        dims = args["dim"]
+        dims = args.get("dim")
+        if dims is None:
+            raise Unreadable(f"a {kind} over all dimensions")
         if isinstance(dims, (list, tuple)):
             if len(dims) != 1:
                 raise Unreadable(f"a {kind} over several dimensions")
@@ -79,5 +81,6 @@ REDUCTIONS: dict[str, Rule] = {
     "amax": _reduction("max"),
     "sum": _reduction("sum"),
     "logsumexp": _reduction("logsumexp"),
+    "any": _reduction("any"),
     "getitem": _getitem,
 }

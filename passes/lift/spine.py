@@ -16,6 +16,7 @@ from attnfuse.errors import Refused
 from attnfuse.graph import facts
 from attnfuse.graph.order import Order
 from attnfuse.passes.lift.assemble import read_site
+from attnfuse.passes.lift.call import is_call, read_call
 from attnfuse.passes.lift.contraction import CONTRACTIONS
 from attnfuse.passes.lift.create import CREATE
 from attnfuse.passes.lift.hazards import without_hazards
@@ -49,14 +50,18 @@ def lift(graph: Graph, is_given: Callable[[Node], bool] = lambda node: True) -> 
 
 
 def _candidates(graph: Graph) -> list[tuple[Node, Node]]:
-    """Contractions of something that a normaliser of scores made, or quotients of such; with the normaliser."""
+    """Contractions of something that a normaliser of scores made, or quotients of such, with the normaliser; and calls
+    that are attention already.
+    """
     scored = _downstream(graph, _is_score_product)
     weighted = _downstream(graph, lambda n: facts.op_name(n) in NORMALISER_NAMES and n.all_input_nodes[0] in scored)
     products = {node: start for node in graph.nodes if _is_product(node) and (start := _reached(node, weighted))}
     summed = _downstream(graph, products.__contains__)
     found: list[tuple[Node, Node]] = []
     for node in graph.nodes:
-        if node in products:
+        if is_call(node):
+            found.append((node, node))
+        elif node in products:
             found.append((node, products[node]))
         elif facts.op_name(node) == "div" and node.all_input_nodes[0] in summed:
             found.append((node, products[summed[node.all_input_nodes[0]]]))
@@ -110,7 +115,7 @@ def _unread_weights(reader: Reader, start: Node) -> Found:
 def _attempt(node: Node, start: Node, order: Order, is_given: Callable[[Node], bool]) -> Found:
     try:
         reader = Reader(_RULES, order, is_given)
-        site = read_site(reader, node)
+        site = read_call(reader, node) if is_call(node) else read_site(reader, node)
         if site is not None:
             return [without_hazards(site, order)]
         return _unread_weights(reader, start)

@@ -13,7 +13,7 @@ from attnfuse.errors import NoKernel, Refused
 from attnfuse.graph import facts
 from attnfuse.graph.build import UnknownSize
 from attnfuse.graph.capture import Captured
-from attnfuse.kernels import UNFUSED, Choice, Numerics, Operand, Problem, choose, lookup, rows_kept
+from attnfuse.kernels import UNFUSED, Choice, Numerics, Operand, Problem, Source, choose, lookup, rows_kept
 from attnfuse.passes.lower.operands import Operands
 from attnfuse.passes.lower.replacement import Draft, draft, finished
 from attnfuse.passes.site import Attention
@@ -23,6 +23,14 @@ __all__ = ["Plan", "Wishes", "at_sizes", "plan"]
 
 #: More rows than any program has, for proofs that must hold for every number of rows.
 _MANY = 2**40
+
+
+#: What a kernel competes with, in words.
+_AS_IT_IS: dict[Source, str] = {
+    "written": "the graph as it is",
+    **dict.fromkeys(("sdpa", "sdpa causal", "sdpa masked"), "the call of scaled_dot_product_attention that is there"),
+    "flex": "the call of flex_attention that is there",
+}
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,8 @@ def plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Ref
         return _refusal(attention, str(error))
     if wishes.profit and not choice.pays:
         ours, theirs = choice.seconds[choice.kernel], choice.seconds[UNFUSED]
-        reason = (
-            f"no kernel is faster: {choice.kernel} is estimated at {ours:.2g} s, the graph as it is at {theirs:.2g} s"
-        )
+        what = _AS_IT_IS[problem.source]
+        reason = f"no kernel is faster: {choice.kernel} is estimated at {ours:.2g} s, {what} at {theirs:.2g} s"
         return _refusal(attention, reason, "profit=False fuses all the same")
     return _planned(attention, start, problem, choice, wishes)
 
@@ -111,6 +118,7 @@ def _problem(attention: Attention, operands: Operands, wishes: Wishes) -> Proble
         numerics=wishes.numerics,
         symbols=tuple(facts.hint_of(s) if isinstance(s, Node) else s for s in operands.symbols),
         compiled=wishes.compiled,
+        source=attention.site.source,
     )
 
 

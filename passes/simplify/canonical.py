@@ -30,6 +30,9 @@ def simplify(site: Site) -> Attention | Refused:
             captures=captures,
             batch=len(roles.batch),
             symbols=len(renamer.symbols),
+            normaliser=site.normaliser,
+            empty_rows=site.empty_rows,
+            exact_scores=site.exact_scores,
         )
     except BadProgram as error:
         return _refusal(site, str(error))

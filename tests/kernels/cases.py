@@ -70,6 +70,7 @@ SPECS = {
     ),
     "empty rows zero, none empty": spec("0.3 * s", empty_rows="zero"),
     "empty rows zero, bias": spec("0.3 * s + where(t1, t0, -inf)", "float32[h,m,n]", "bool[b0,m]", empty_rows="zero"),
+    "exact scores": spec("where(n <= m, 0.3 * s, -inf)", exact_scores=True),
     "linear": spec("s", normaliser="none"),
     "linear, causal": spec("where(n <= m, 0.3 * s, 0.0)", normaliser="none"),
     "linear, causal, decay": spec("where(n <= m, 0.3 * s * 0.9 ** (m - n), 0.0)", normaliser="none"),

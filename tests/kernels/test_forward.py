@@ -69,9 +69,18 @@ def test_any_number_of_batch_dimensions(sizes: str, kernel: str) -> None:
         check(case(SPECS[name], BATCHES[sizes], torch.float32), kernel)
 
 
+@pytest.mark.parametrize("kernel", ["blocked", "direct"])
+def test_exact_scores_are_not_rounded_to_bfloat16(kernel: str) -> None:
+    given = case(SPECS["exact scores"], SIZES["several blocks"], torch.bfloat16)
+    given = replace(given, query=given.query * 6)
+    rounded = replace(given, spec=replace(given.spec, exact_scores=False))
+    errors = [(run(each, kernel)[0].double() - exact(given)).abs().amax() for each in (given, rounded)]
+    assert errors[0] < torch.finfo(torch.bfloat16).eps * given.value.abs().amax() < errors[1]
+
+
 def test_each_kernel_is_tried_on_something() -> None:
     tried = {k: sum(able(case(s, SIZES["odd"], torch.float32), k) for s in SPECS.values()) for k in KERNELS}
-    assert tried == {"blocked": len(SPECS), "direct": len(SPECS), "sdpa": 9}
+    assert tried == {"blocked": len(SPECS), "direct": len(SPECS), "sdpa": 10}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

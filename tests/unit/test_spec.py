@@ -41,6 +41,7 @@ def specs(draw: st.DrawFn) -> AttentionSpec:
         symbols=symbols,
         normaliser="softmax" if softmax else "none",
         empty_rows=draw(st.sampled_from(["nan", "zero"])) if softmax else "nan",
+        exact_scores=draw(st.booleans()),
     )
 
 
@@ -67,6 +68,7 @@ def test_plain_attention_is_the_default() -> None:
 def test_facts_are_written_where_they_are_unusual() -> None:
     assert '"normaliser": "none"' in AttentionSpec(normaliser="none").to_text()
     assert '"empty_rows": "zero"' in AttentionSpec(empty_rows="zero").to_text()
+    assert '"exact_scores": true' in AttentionSpec(exact_scores=True).to_text()
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class Call:
     @property
     def half(self) -> bool:
         """Whether products are rounded to bfloat16 before they are scores; those of float16 are not."""
-        return self.query.dtype == torch.bfloat16
+        return self.query.dtype == torch.bfloat16 and not self.spec.exact_scores
 
     @cached_property
     def plain(self) -> bool:
@@ -155,7 +155,7 @@ class Call:
     def rows_of(self, block: Block, tensor: Tensor) -> Tensor:
         """Query or out's gradient on a block as ``[lead, groups * rows, D]``."""
         rows = block.groups * (block.rows[1] - block.rows[0])
-        return _multiplied(self.heads_of(block, tensor).reshape(block.lead, rows, tensor.shape[-1]))
+        return self._factor(self.heads_of(block, tensor).reshape(block.lead, rows, tensor.shape[-1]))
 
     def keys_of(self, block: Block, tensor: Tensor) -> Tensor:
         """Key or value ``[*B, Hkv, N, D]`` on a block as ``[lead, keys, D]``; broadcast batches are expanded."""
@@ -163,12 +163,12 @@ class Call:
         tensor = _cut(tensor, (*block.batch, block.kv_heads, block.keys))
         if tensor.shape[: len(batch)] != batch:
             tensor = tensor.expand(*batch, *tensor.shape[-3:])
-        return _multiplied(tensor.reshape(block.lead, *tensor.shape[-2:]))
+        return self._factor(tensor.reshape(block.lead, *tensor.shape[-2:]))
 
-
-def _multiplied(tensor: Tensor) -> Tensor:
-    """A factor of a matrix product. Those of float16 take 20 times as long as those of float32 on most CPUs."""
-    return tensor.to(torch.float32) if tensor.dtype == torch.float16 else tensor
+    def _factor(self, tensor: Tensor) -> Tensor:
+        """A factor of a matrix product. Those of float16 take 20 times as long as those of float32 on most CPUs."""
+        wide = tensor.dtype == torch.float16 or (tensor.dtype == torch.bfloat16 and self.spec.exact_scores)
+        return tensor.to(torch.float32) if wide else tensor
 
 
 def _cut(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
