@@ -14,11 +14,12 @@ from attnfuse.errors import BadInput, NotEquivalent, Refused
 from attnfuse.form import describe
 from attnfuse.graph import facts
 from attnfuse.graph.capture import Captured, capture
+from attnfuse.graph.state import State as GraphState
 from attnfuse.graph.text import render
 from attnfuse.graph.verify import verify
 from attnfuse.kernels import Numerics, lookup
 from attnfuse.passes.certify import Effort, Replay, certify
-from attnfuse.passes.lift import lift
+from attnfuse.passes.lift import Given, lift
 from attnfuse.passes.lower import Plan, Wishes, apply, at_sizes, plan
 from attnfuse.passes.simplify import simplify
 from attnfuse.passes.site import Attention, Site
@@ -95,18 +96,21 @@ class State:
     certificates: dict[str, Certificate] = field(default_factory=dict)
 
 
-def fuse_graph(gm: GraphModule, example_inputs: Sequence[Any] = (), **options: Any) -> GraphModule:
+def fuse_graph(
+    gm: GraphModule, example_inputs: Sequence[Any] = (), *, state: GraphState | None = None, **options: Any
+) -> GraphModule:
     """Fuses the attention in a Dynamo-level or export-level graph, in place, and returns it.
 
     ``options`` are the fields of :class:`Options`. ``gm.meta["attnfuse_report"]`` is the :class:`Report`. Nested
     graph modules (checkpointed regions, branches) are rewritten too. ``example_inputs`` are not read: the
-    graph's own fake values are; the argument is there so that this is a Dynamo backend's shape.
+    graph's own fake values are; the argument is there so that this is a Dynamo backend's shape. ``state`` is what is
+    known of the graph's placeholders.
     Raises :class:`BadInput` for an unknown option, kernel or target.
     """
     chosen = Options.of(options)
     report = Report(target=str(_target(gm, chosen)))
     for module in (*_nested(gm), gm):
-        report += _fuse_one(module, chosen)
+        report += _fuse_one(module, chosen, state if module is gm else None)
     gm.meta["attnfuse_report"] = report
     log.info("%s", report)
     return gm
@@ -116,10 +120,10 @@ def _nested(gm: GraphModule) -> list[GraphModule]:
     return [child for child in gm.modules() if isinstance(child, GraphModule) and child is not gm]
 
 
-def _fuse_one(gm: GraphModule, options: Options) -> Report:
+def _fuse_one(gm: GraphModule, options: Options, known: GraphState | None) -> Report:
     target = _target(gm, options)
     try:
-        captured = capture(gm)
+        captured = capture(gm, known)
     except (
         Exception
     ) as error:  # whatever the traced program raises: the graph then stays as it is, and the report says so
@@ -146,7 +150,8 @@ def _target(gm: GraphModule, options: Options) -> Target:
 
 
 def _lift(state: State) -> State:
-    found = lift(state.captured.aten, state.captured.is_given)
+    captured = state.captured
+    found = lift(captured.aten, Given(captured.is_given, captured.is_parameter))
     given = (_homed(item, state.captured) for item in found)
     return replace(state, items=tuple(given))
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 from attnfuse.algebra.kinds import Kind, Kinds, Rule, kind
 from attnfuse.algebra.masks import MASK_RULES
 from attnfuse.algebra.numbers import NUMBER_RULES, named_softcap
+from attnfuse.algebra.weights import WEIGHT_RULES
 from attnfuse.score import Expr, rewrite
 
-__all__ = ["RULES", "Kind", "Kinds", "kind", "normalise"]
+__all__ = ["RULES", "WEIGHT_RULES", "Kind", "Kinds", "Rule", "kind", "normalise"]
 
 #: Every rule, in the order they are tried.
 RULES: tuple[Rule, ...] = (*NUMBER_RULES, *MASK_RULES)
@@ -22,18 +23,22 @@ RULES: tuple[Rule, ...] = (*NUMBER_RULES, *MASK_RULES)
 _PATIENCE = 64
 
 
-def normalise(expr: Expr, kinds: Kinds) -> Expr:
-    """The normal form of a program whose captures have the given kinds."""
+def normalise(expr: Expr, kinds: Kinds, also: tuple[Rule, ...] = ()) -> Expr:
+    """The normal form of a program whose captures have the given kinds.
+
+    ``also`` are further rules: :data:`WEIGHT_RULES` where the program's value is a weight, not a logit.
+    """
+    rules = (*RULES, *also)
     for _ in range(_PATIENCE):
-        after = rewrite(expr, lambda part: _first(part, kinds))
+        after = rewrite(expr, lambda part: _first(part, kinds, rules))
         if after == expr:
             break
         expr = after
     return rewrite(expr, named_softcap)
 
 
-def _first(expr: Expr, kinds: Kinds) -> Expr:
-    for rule in RULES:
+def _first(expr: Expr, kinds: Kinds, rules: tuple[Rule, ...]) -> Expr:
+    for rule in rules:
         found = rule(expr, kinds)
         if found is not None and found != expr:
             return found

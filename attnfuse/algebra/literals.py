@@ -14,6 +14,7 @@ __all__ = ["compute", "rounded"]
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "neg": operator.neg, "not": operator.not_, "abs": abs, "exp": math.exp, "log": math.log, "sqrt": math.sqrt,
     "rsqrt": lambda x: 1.0 / math.sqrt(x), "reciprocal": lambda x: 1.0 / x, "tanh": math.tanh,
+    "sigmoid": lambda x: 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x)),
     "relu": lambda x: max(x, type(x)(0)), "sign": lambda x: type(x)((x > 0) - (x < 0)),
     "float": float, "int": int, "bool": bool,
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnfuse.algebra.integers import compared
 from attnfuse.algebra.kinds import COMPARISONS, Kinds, Rule, kind, reads_score
-from attnfuse.score import Apply, Const, Expr, apply
+from attnfuse.score import Apply, Capture, Const, Expr, apply, walk
 
 __all__ = ["MASK_RULES"]
 
@@ -23,8 +23,10 @@ def _asked_bool(expr: Expr, kinds: Kinds) -> Expr | None:
 
 
 def _numbers_from_bools(expr: Expr, kinds: Kinds) -> Expr | None:
-    """``float(mask) -> where(mask, 1.0, 0.0)``, so that ``(1 - mask) * fill`` becomes a choice."""
+    """``float(mask) -> where(mask, 1.0, 0.0)``, so that ``(1 - mask) * fill`` becomes a choice; ``mask * x`` too."""
     match expr:
+        case Apply("mul", (x, y)) if {kind(x, kinds), kind(y, kinds)} == {"bool", "float"}:
+            return apply("mul", *(apply("float", a) if kind(a, kinds) == "bool" else a for a in (x, y)))
         case Apply("float", (x,)) if kind(x, kinds) == "bool":
             return apply("where", x, Const(1.0), Const(0.0))
         case Apply("int", (x,)) if kind(x, kinds) == "bool":
@@ -40,6 +42,14 @@ def _into_choice(expr: Expr, _: Kinds) -> Expr | None:
             rest = [arg for i, arg in enumerate(args) if i not in choices]
             if len(choices) == 1 and all(isinstance(arg, Const) for arg in rest):
                 return _pushed(op, args, choices[0])
+    return None
+
+
+def _same_choice(expr: Expr, _: Kinds) -> Expr | None:
+    """``where(c, x, 0) * where(c, y, 0) -> where(c, x * y, 0)``: two choices by one mask are one."""
+    match expr:
+        case Apply(op, (Apply("where", (c, x, Const(a))), Apply("where", (d, y, Const(b))))) if c == d:
+            return apply("where", c, apply(op, x, y), apply(op, Const(a), Const(b)))
     return None
 
 
@@ -134,6 +144,26 @@ def _distance(expr: Expr, kinds: Kinds) -> Expr | None:
     return None
 
 
+def _of_whole_numbers(expr: Expr, kinds: Kinds) -> Expr | None:
+    """``float(m - n) >= 0.0 -> m - n >= 0``."""
+    match expr:
+        case Apply(op, (a, b)) if op in COMPARISONS and "float" in (kind(a, kinds), kind(b, kinds)):
+            found = [_whole(arg, kinds) for arg in (a, b)]
+            whole = [arg for arg in found if arg is not None]
+            return apply(op, *whole) if len(whole) == 2 else None
+    return None
+
+
+def _whole(expr: Expr, kinds: Kinds) -> Expr | None:
+    """The integer that a float is made of."""
+    match expr:
+        case Const(float(value)) if value.is_integer() and abs(value) < 2**31:
+            return Const(int(value))
+        case Apply("float", (x,)) if kind(x, kinds) == "int" and not any(isinstance(part, Capture) for part in walk(x)):
+            return x  # captured numbers may be too large for a float
+    return expr if kind(expr, kinds) == "int" else None
+
+
 def _comparison(expr: Expr, kinds: Kinds) -> Expr | None:
     """Comparisons of index arithmetic are solved for the key index: ``m - n > 3 -> n <= m + -4``."""
     match expr:
@@ -147,10 +177,12 @@ MASK_RULES: tuple[Rule, ...] = (
     _asked_bool,
     _numbers_from_bools,
     _into_choice,
+    _same_choice,
     _logic,
     _chosen_bool,
     _choose_by_keep,
     _added_mask,
     _distance,
+    _of_whole_numbers,
     _comparison,
 )

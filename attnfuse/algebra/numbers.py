@@ -69,6 +69,14 @@ def _to_product(expr: Expr, kinds: Kinds) -> Expr | None:
     return None
 
 
+def _square(expr: Expr, _: Kinds) -> Expr | None:
+    """``x ** 2 -> x * x``, which is exact, and whose derivative has no special case."""
+    match expr:
+        case Apply("pow", (x, Const(2))):
+            return apply("mul", x, x)
+    return None
+
+
 def _inverse(expr: Expr, _: Kinds) -> Expr | None:
     """``x * (1 / y) -> x / y``."""
     match expr:
@@ -136,6 +144,7 @@ NUMBER_RULES: tuple[Rule, ...] = (
     _float_literals,
     _constant_first,
     _to_product,
+    _square,
     _inverse,
     _merge_factors,
     _score_first,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch._guards import tracing
@@ -25,6 +25,7 @@ from torch.fx.traceback import preserve_node_meta
 from attnfuse.graph import facts
 from attnfuse.graph.closed import Closed
 from attnfuse.graph.mirror import Mirror
+from attnfuse.graph.state import State
 
 __all__ = ["Captured", "capture", "fake_mode_of"]
 
@@ -40,6 +41,7 @@ class Captured:
     aten: Graph
     home: dict[Node, Node]
     closed: Mapping[Node, Closed]
+    state: State = field(default_factory=State)
 
     @property
     def is_aten(self) -> bool:
@@ -49,6 +51,11 @@ class Captured:
     def is_given(self, node: Node) -> bool:
         """Whether the edited graph has the value of a node of ``aten``."""
         return self.is_aten or node in self.home or (node in self.closed and self.closed[node].can_open)
+
+    def is_parameter(self, node: Node) -> bool:
+        """Whether a node of ``aten`` is a module's parameter."""
+        home = node if self.is_aten else self.home.get(node, node)
+        return facts.is_parameter(home) or (home.op == "placeholder" and home.name in self.state.parameters)
 
     def value(self, node: Node) -> object:
         """The fake value of a node of ``aten``; only the edited graph's values know whether they need a gradient."""
@@ -65,11 +72,12 @@ class Captured:
         return self.home[node]
 
 
-def capture(module: GraphModule) -> Captured:
-    """What a module is read by. The module is not changed."""
+def capture(module: GraphModule, state: State | None = None) -> Captured:
+    """What a module is read by; ``state`` is what is known of its inputs. The module is not changed."""
+    state = state or State()
     if _is_aten(module.graph):
-        return Captured(module, module.graph, {}, {})
-    return _traced(module)
+        return Captured(module, module.graph, {}, {}, state)
+    return replace(_traced(module), state=state)
 
 
 def fake_mode_of(graph: Graph) -> FakeTensorMode | None:

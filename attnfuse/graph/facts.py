@@ -22,6 +22,7 @@ __all__ = [
     "hint_of",
     "is_aten",
     "is_mutating",
+    "is_parameter",
     "is_tensor",
     "kind",
     "op_name",
@@ -51,6 +52,11 @@ def tensor(node: Node) -> torch.Tensor:
 def is_tensor(node: object) -> bool:
     """Whether something is a node whose value is one tensor."""
     return isinstance(node, Node) and isinstance(value(node), torch.Tensor)
+
+
+def is_parameter(node: Node) -> bool:
+    """Whether a node is a module's parameter, as far as its fake value knows."""
+    return node.op in ("placeholder", "get_attr") and isinstance(value(node), torch.nn.Parameter)
 
 
 def dtype(node: Node) -> torch.dtype:

@@ -17,6 +17,7 @@ import torch
 
 from attnfuse.form import form_of, masked_by
 from attnfuse.kernels.cpu.calibrate import speed
+from attnfuse.kernels.cpu.chain import steps_of
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.rows import Band, band_of
 from attnfuse.score import Apply, P, walk
@@ -95,7 +96,8 @@ def blocked(problem: Problem) -> float:
     rates, threads = _rates(problem), torch.get_num_threads()
     band = band_of(problem.spec, problem.symbols)
     each = _contraction(problem, rates.product) + _program(problem, rates)
-    each += rates.softmax_plain if _plain(problem) else rates.softmax
+    if problem.spec.normaliser == "softmax":
+        each += rates.softmax_plain if _plain(problem) else rates.softmax
     each += 0.0 if band.open else rates.band
     scores = problem.scores * _reached(band, problem, ROWS_IN_BLOCK)
     calls = BLOCK * math.ceil(scores / (SCORES_IN_BLOCK * threads)) + CALL
@@ -212,7 +214,7 @@ def _program(problem: Problem, rates: Rates) -> float:
     steps = [part.op for part in walk(spec.score) if isinstance(part, Apply)]
     cost = rates.tanh * steps.count("tanh") + (DROPOUT if spec.dropout else 0.0)
     if form is None:
-        cost += COPYING_STEP * len(steps)
+        cost += (COPYING_STEP if steps_of(spec.score) is None else STEP) * len(steps)
     else:
         masked = form.keep and not band_of(spec, problem.symbols).exact
         cost += STEP * (len(form.bias) + 2 * (form.softcap is not None) + 2 * bool(masked))

@@ -10,6 +10,7 @@ from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree  # torch offers no public one
 
 from attnfuse.fuse import fuse_graph
+from attnfuse.graph.state import State
 from attnfuse.report import Report
 from attnfuse.target import Target
 
@@ -29,11 +30,16 @@ def rewrite(
     """
     result = _copied(program)
     settings = {"compiled": False, **options}
-    graph = fuse_graph(result.graph_module, target=target, portable=not custom_op, **settings)
+    graph = fuse_graph(result.graph_module, target=target, portable=not custom_op, state=_state(program), **settings)
     report: Report = graph.meta.pop("attnfuse_report")
     _rename_outputs(result)
     result.validate()
     return result, report
+
+
+def _state(program: ExportedProgram) -> State:
+    """The placeholders that are parameters."""
+    return State(parameters=frozenset(program.graph_signature.inputs_to_parameters))
 
 
 def _copied(program: ExportedProgram) -> ExportedProgram:

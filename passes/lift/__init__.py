@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from attnfuse.passes.lift.spine import lift
+from attnfuse.passes.lift.spine import Given, lift
 
-__all__ = ["lift"]
+__all__ = ["Given", "lift"]

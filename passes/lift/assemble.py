@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from attnfuse.algebra import normalise
+from attnfuse.algebra import WEIGHT_RULES, normalise
 from attnfuse.axes import Axis, Index, Unreadable
 from attnfuse.errors import Refused
 from attnfuse.graph import facts
@@ -19,7 +19,7 @@ from attnfuse.passes.site import Operand, Site
 from attnfuse.score import Apply, Capture, Expr, P, S, apply, rewrite, walk
 from attnfuse.spec import EmptyRows, Normaliser
 
-__all__ = ["Parts", "read_site", "site_of"]
+__all__ = ["Parts", "axes_at", "query_and_key", "read_site", "score_product", "site_of", "weight_program"]
 
 
 def read_site(reader: Reader, node: Node) -> Site | None:
@@ -101,14 +101,18 @@ def _assemble(
     sides: tuple[Place, Node, Place],
 ) -> Site:
     weight_place, values, value_place = sides
-    inner = _score_product(reader, softmax, value_place)
+    inner = score_product(reader, softmax.logit, softmax.key.axes, value_place)
     if inner is None:
         raise _refusal("the logits are not read as coming from one product of queries and keys", softmax.node)
     if any(size == 0 for side in (inner.left, inner.right) for size in facts.shape(side)):
         raise Unreadable("a dimension is empty")
-    query, key = (factored(reader, *side, inner.node) for side in _query_and_key(reader, inner, softmax))
+    query, key = (factored(reader, *side, inner.node) for side in query_and_key(reader, inner, softmax.key.axes))
     value = viewed(reader, values, value_place, outer.node)
-    dropout, weight = _weight_program(reader, weights, softmax)
+    dropout, weights = weight_program(reader, weights, softmax.node)
+    normalised = reader.atom(softmax)
+    weight = rewrite(weights, lambda e: P if e == normalised else e)
+    if any(isinstance(atom, Softmax) for atom in _atoms(reader, weight)):
+        raise _refusal("something happens to the weights after dropout", softmax.node)
     dot = apply("mul", apply("mul", query.factor, key.factor), S)
     slot = reader.atom(inner)
     score = rewrite(softmax.logit, lambda e: dot if e == slot else e)
@@ -167,7 +171,7 @@ def site_of(reader: Reader, parts: Parts) -> Site:
         query=query,
         key=key,
         value=value,
-        score=normalise(programs[0], reader.kind_of),
+        score=normalise(programs[0], reader.kind_of, WEIGHT_RULES if parts.normaliser == "none" else ()),
         weight=programs[1],
         extra=tuple(programs[2:]),
         dropout=parts.dropout,
@@ -201,46 +205,46 @@ def _final(reader: Reader, operand: Operand) -> Operand:
     return Operand(operand.factor, tuple(Leaf(leaf.node, reader.final(leaf.place)) for leaf in operand.views))
 
 
-def _score_product(reader: Reader, softmax: Softmax, value_place: Place) -> Dot | None:
+def score_product(reader: Reader, logit: Expr, keys: tuple[Axis, ...], value_place: Place) -> Dot | None:
     """The product of queries and keys: of the contractions in the logit that have the key axis on one side
     only, the one whose key side has the fewest axes that the values lack (a relative position has more).
     """
-    shared = _axes(reader, value_place)
+    shared = axes_at(reader, value_place)
     candidates: list[tuple[int, Dot]] = []
-    for atom in _atoms(reader, softmax.logit):
+    for atom in _atoms(reader, logit):
         if isinstance(atom, Dot):
-            keyed = [p for p in (atom.left_place, atom.right_place) if _reads_key(reader, p, softmax)]
+            keyed = [p for p in (atom.left_place, atom.right_place) if _reads_key(reader, p, keys)]
             if len(keyed) == 1:
-                candidates.append((len(_axes(reader, keyed[0]) - shared), atom))
+                candidates.append((len(axes_at(reader, keyed[0]) - shared), atom))
     return min(candidates, key=lambda c: c[0])[1] if candidates else None
 
 
-def _axes(reader: Reader, place: Place) -> set[Axis]:
+def axes_at(reader: Reader, place: Place) -> set[Axis]:
+    """The axes that a place runs over."""
     return {axis for index in place for axis in reader.space.resolve(index.axes)}
 
 
-def _reads_key(reader: Reader, place: Place, softmax: Softmax) -> bool:
-    return bool(_axes(reader, place) & set(reader.space.resolve(softmax.key.axes)))
+def _reads_key(reader: Reader, place: Place, keys: tuple[Axis, ...]) -> bool:
+    return bool(axes_at(reader, place) & set(reader.space.resolve(keys)))
 
 
-def _query_and_key(reader: Reader, inner: Dot, softmax: Softmax) -> tuple[tuple[Node, Place], tuple[Node, Place]]:
+def query_and_key(reader: Reader, inner: Dot, keys: tuple[Axis, ...]) -> tuple[tuple[Node, Place], tuple[Node, Place]]:
+    """The two sides of the product of queries and keys."""
     left, right = (inner.left, inner.left_place), (inner.right, inner.right_place)
-    return (right, left) if _reads_key(reader, inner.left_place, softmax) else (left, right)
+    return (right, left) if _reads_key(reader, inner.left_place, keys) else (left, right)
 
 
-def _weight_program(reader: Reader, weights: Expr, softmax: Softmax) -> tuple[float, Expr]:
-    """Dropout's rate and what happens to a weight before it."""
+def weight_program(reader: Reader, weights: Expr, node: Node) -> tuple[float, Expr]:
+    """Dropout's rate and a weight before it. Raises :class:`Refused` at ``node`` where dropout is not the last step."""
     rate = 0.0
     match weights:
         case Capture(slot):
             atom = reader.atoms[slot]
             if isinstance(atom, Dropped):
                 rate, weights = atom.rate, atom.inner
-    normalised = reader.atom(softmax)
-    weight = rewrite(weights, lambda e: P if e == normalised else e)
-    if any(isinstance(atom, (Dropped, Softmax)) for atom in _atoms(reader, weight)):
-        raise _refusal("something happens to the weights after dropout", softmax.node)
-    return rate, weight
+    if any(isinstance(atom, Dropped) for atom in _atoms(reader, weights)):
+        raise _refusal("something happens to the weights after dropout", node)
+    return rate, weights
 
 
 def _place_of(atom: Atom) -> Place | None:

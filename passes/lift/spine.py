@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
@@ -15,6 +16,7 @@ from attnfuse.axes import Unreadable
 from attnfuse.errors import Refused
 from attnfuse.graph import facts
 from attnfuse.graph.order import Order
+from attnfuse.passes.lift.activation import ACTIVATIONS
 from attnfuse.passes.lift.assemble import read_site
 from attnfuse.passes.lift.call import is_call, read_call
 from attnfuse.passes.lift.contraction import CONTRACTIONS
@@ -24,40 +26,49 @@ from attnfuse.passes.lift.normaliser import NORMALISER_NAMES, NORMALISERS
 from attnfuse.passes.lift.pointwise import POINTWISE
 from attnfuse.passes.lift.reader import Reader, Rules
 from attnfuse.passes.lift.reduction import REDUCTIONS, is_product_sum
+from attnfuse.passes.lift.unnormalised import can_hold, read_unnormalised
 from attnfuse.passes.lift.view import VIEWS
 from attnfuse.passes.site import Site
 
-__all__ = ["lift"]
+__all__ = ["Given", "lift"]
 
 log = logging.getLogger(__name__)
 
 #: Everything that is read, later rules before earlier ones of the same name.
-_RULES: Rules = {**VIEWS, **POINTWISE, **CREATE, **CONTRACTIONS, **REDUCTIONS, **NORMALISERS}
+_RULES: Rules = {**VIEWS, **POINTWISE, **ACTIVATIONS, **CREATE, **CONTRACTIONS, **REDUCTIONS, **NORMALISERS}
 
 #: What scores and weights pass through without a new contraction.
-_THROUGH = frozenset((*VIEWS, *POINTWISE, *REDUCTIONS, *NORMALISERS, "native_dropout"))
+_THROUGH = frozenset((*VIEWS, *POINTWISE, *ACTIVATIONS, *REDUCTIONS, *NORMALISERS, "tril", "triu", "native_dropout"))
 
 Found = list[Site | Refused]
 
 
-def lift(graph: Graph, is_given: Callable[[Node], bool] = lambda node: True) -> Found:
-    """Every attention site of an ATen graph, in graph order; linear in its size.
-
-    ``is_given`` says which nodes' values a fused node could be handed.
+@dataclass(frozen=True)
+class Given:
+    """What lift asks about a graph's nodes: whether a fused node could be handed the value of one, and which are
+    parameters.
     """
-    order = Order.of(graph)
-    return [item for node, start in _candidates(graph) for item in _attempt(node, start, order, is_given)]
+
+    is_given: Callable[[Node], bool] = lambda node: True
+    is_parameter: Callable[[Node], bool] = facts.is_parameter
 
 
-def _candidates(graph: Graph) -> list[tuple[Node, Node]]:
-    """Contractions of something that a normaliser of scores made, or quotients of such, with the normaliser; and calls
-    that are attention already.
+def lift(graph: Graph, given: Given | None = None) -> Found:
+    """Every attention site of an ATen graph, in graph order; linear in its size."""
+    order, given = Order.of(graph), given or Given()
+    return [item for node, start in _candidates(graph) for item in _attempt(node, start, order, given)]
+
+
+def _candidates(graph: Graph) -> list[tuple[Node, Node | None]]:
+    """Contractions of something that a normaliser of scores made, or quotients of such, with the normaliser; calls
+    that are attention already; and contractions of something pointwise that another made.
     """
+    bare = _downstream(graph, lambda n: _is_score_product(n) and can_hold(n))
     scored = _downstream(graph, _is_score_product)
     weighted = _downstream(graph, lambda n: facts.op_name(n) in NORMALISER_NAMES and n.all_input_nodes[0] in scored)
     products = {node: start for node in graph.nodes if _is_product(node) and (start := _reached(node, weighted))}
     summed = _downstream(graph, products.__contains__)
-    found: list[tuple[Node, Node]] = []
+    found: list[tuple[Node, Node | None]] = []
     for node in graph.nodes:
         if is_call(node):
             found.append((node, node))
@@ -65,6 +76,8 @@ def _candidates(graph: Graph) -> list[tuple[Node, Node]]:
             found.append((node, products[node]))
         elif facts.op_name(node) == "div" and node.all_input_nodes[0] in summed:
             found.append((node, products[summed[node.all_input_nodes[0]]]))
+        elif _is_score_product(node) and can_hold(node) and _reached(node, bare):
+            found.append((node, None))
     return found
 
 
@@ -112,18 +125,26 @@ def _unread_weights(reader: Reader, start: Node) -> Found:
     return []
 
 
-def _attempt(node: Node, start: Node, order: Order, is_given: Callable[[Node], bool]) -> Found:
+def _attempt(node: Node, start: Node | None, order: Order, given: Given) -> Found:
+    """``start`` is the normaliser, the call itself, or None."""
     try:
-        reader = Reader(_RULES, order, is_given)
-        site = read_call(reader, node) if is_call(node) else read_site(reader, node)
+        reader = Reader(_RULES, order, given.is_given)
+        if is_call(node):
+            site: Site | None = read_call(reader, node)
+        elif start is None:
+            site = read_unnormalised(reader, node, given.is_parameter)
+        else:
+            site = read_site(reader, node)
         if site is not None:
             return [without_hazards(site, order)]
-        return _unread_weights(reader, start)
+        return [] if start is None else _unread_weights(reader, start)
     except Unreadable as error:
-        return [Refused(str(error), start.name, facts.source_line(start))]
+        # two products that cannot be read need not be attention
+        return [] if start is None else [Refused(str(error), start.name, facts.source_line(start))]
     except Refused as refusal:
         return [refusal]
     except Exception as error:  # nothing was changed yet, and a bug of ours must not stop the compilation of a model
-        log.exception("reading %s failed", start.name)
+        log.exception("reading %s failed", node.name)
+        where = start or node
         reason = f"reading it failed with {type(error).__name__}: {error}, which is a bug of attnfuse"
-        return [Refused(reason, start.name, facts.source_line(start), "please report it")]
+        return [Refused(reason, where.name, facts.source_line(where), "please report it")]

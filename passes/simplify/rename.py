@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from attnfuse.algebra import normalise
+from attnfuse.algebra import WEIGHT_RULES, normalise
 from attnfuse.axes import Axis, Size, product
 from attnfuse.graph import facts
 from attnfuse.passes.simplify.roles import Axes
@@ -28,7 +28,8 @@ class Renamer:
 
     def program(self, expr: Expr) -> Expr:
         """The canonical program: renamed, then normalised again, since comparisons are solved for ``n`` by name."""
-        return normalise(rewrite(expr, self._atom), lambda slot: facts.kind(self.leaves[slot].node))
+        also = WEIGHT_RULES if self.site.normaliser == "none" else ()
+        return normalise(rewrite(expr, self._atom), lambda slot: facts.kind(self.leaves[slot].node), also)
 
     def _atom(self, expr: Expr) -> Expr:
         match expr:

@@ -79,6 +79,28 @@ def baddbmm(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return torch.bmm(torch.softmax(scores, dim=-1), v).view(B, H, M, D)
 
 
+def call_with_a_mask(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    causal = torch.ones(M, N, dtype=torch.bool).tril(diagonal=N - M)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal & keep[:, None, None, :], enable_gqa=True)
+
+
+def sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keep = torch.ones(M, N, dtype=torch.bool).tril(diagonal=N - M)
+    scores = (q @ k.transpose(-2, -1) * 0.125 - 2.0).masked_fill(~keep, float("-inf"))
+    return torch.sigmoid(scores) @ v
+
+
+def retention(q: Tensor, k: Tensor, v: Tensor, rates: Tensor) -> Tensor:
+    distance = torch.arange(M)[:, None] - torch.arange(N)[None, :]
+    decay = torch.where(distance >= 0, torch.exp(rates[:, None, None] * distance), 0.0)
+    return (q @ k.transpose(-2, -1) * decay) @ v
+
+
+def refused_another_normaliser(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.relu(q @ k.transpose(-2, -1))
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1.0) @ v
+
+
 def refused_weights_escape(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.softmax(q @ k.transpose(-2, -1), dim=-1)
     return weights @ v, weights
@@ -105,6 +127,10 @@ CASES: dict[Callable[..., object], tuple[Tensor, ...]] = {
     alibi: (QUERY, KEY, VALUE, torch.empty(H)),
     sinks: (QUERY, KEY, VALUE, torch.empty(H)),
     window: (QUERY, KEY, VALUE),
+    call_with_a_mask: (QUERY, KEY2, VALUE2, torch.empty(B, N, dtype=torch.bool)),
+    sigmoid: (QUERY, KEY, VALUE),
+    retention: (QUERY, KEY, VALUE, torch.empty(H)),
+    refused_another_normaliser: (QUERY, KEY, VALUE),
     baddbmm: (QUERY, KEY, VALUE, torch.empty(B * H, M, N)),
     refused_weights_escape: (QUERY, KEY, VALUE),
     refused_mutation: (QUERY, KEY, VALUE),

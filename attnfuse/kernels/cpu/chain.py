@@ -39,9 +39,12 @@ class Step:
 
 @lru_cache(maxsize=1024)
 def steps_of(program: Expr, variable: Expr = S) -> tuple[Step, ...] | None:
-    """The steps from ``variable`` to the program's value; None when it is read more or less than once."""
+    """The steps from ``variable`` to the program's value; None when it is read otherwise than once or as a square."""
     if not isinstance(program, Apply):
         return () if program == variable else None
+    if program.op == "mul" and program.args[0] == program.args[1] and variable in walk(program.args[0]):
+        factor = steps_of(program.args[0], variable)
+        return None if factor is None else (*factor, Step("square", 0, ()))
     places = [i for i, arg in enumerate(program.args) if variable in walk(arg)]
     if len(places) != 1 or (inner := steps_of(program.args[places[0]], variable)) is None:
         return None
@@ -148,7 +151,7 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "neg": torch.neg_, "abs": torch.abs_, "exp": torch.exp_, "exp2": torch.exp2_, "log": torch.log_,
     "sqrt": torch.sqrt_, "rsqrt": torch.rsqrt_, "reciprocal": torch.reciprocal_, "tanh": torch.tanh_,
     "sigmoid": torch.sigmoid_, "relu": torch.relu_, "sin": torch.sin_, "cos": torch.cos_,
-    "log1p": torch.log1p_, "expm1": torch.expm1_, "float": lambda x: x,
+    "log1p": torch.log1p_, "expm1": torch.expm1_, "float": lambda x: x, "square": torch.square_,
 }  # fmt: skip
 #: By operation and the place of the running value.
 _BINARY: dict[tuple[str, int], Callable[[Tensor, Tensor], Tensor]] = {

@@ -73,6 +73,14 @@ def test_weights_cleared_after_the_softmax_make_empty_rows_zero(door: str) -> No
     never_wrong(door, attention, *qkv(), keep_with_an_empty_row())
 
 
+def test_whole_numbers_compared_as_floats(door: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        distance = (torch.arange(6)[:, None] - torch.arange(9)[None, :]).float()
+        return attend((q @ k.mT).masked_fill((distance < 0) | (distance > 2.5), -INF), v)
+
+    assert "causal" in never_wrong(door, attention, *qkv()).fused[0].what
+
+
 def test_nan_weights_cleared_make_empty_rows_zero(door: str) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         weights = torch.softmax((q @ k.mT).masked_fill(~keep, -INF), dim=-1)
