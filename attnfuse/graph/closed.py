@@ -28,7 +28,9 @@ class Closed:
 
     @property
     def can_open(self) -> bool:
-        """Whether every use of the call is of one of its traced results."""
+        """Whether every use of the call is of one of its traced results, and no tensor of the trace's own is inside."""
+        if any(node.op == "get_attr" for node in self.inside):
+            return False
         if not isinstance(self.results, tuple):
             return isinstance(self.results, Node)
         return all(self._result(user) is not None for user in self.call.users)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -15,11 +15,12 @@ from torch.fx import GraphModule, Node
 from attnfuse.graph.double import run_in_double, widened
 from attnfuse.graph.text import shape_of
 from attnfuse.passes.certify.errors import Errors, compare
-from attnfuse.passes.certify.inputs import GRADIENT_FREE, TRIALS, Trial, draw
+from attnfuse.passes.certify.inputs import GRADIENT_FREE, TRIALS, Trial, draw, nudged
 from attnfuse.passes.certify.shrink import Shaped, Sizes, shrunk_shape, smaller_axes
 from attnfuse.passes.certify.source import Shapes, source_of
 from attnfuse.passes.site import Attention
 from attnfuse.report import Certificate
+from attnfuse.score import Apply, Capture, Const, Expr
 
 __all__ = ["Effort", "Replay", "certify"]
 
@@ -92,9 +93,22 @@ def _at_small_size(replay: Replay) -> _Pair:
 
 
 def _masks(attention: Attention) -> frozenset[Node]:
-    """The captures that are not also query, key or value."""
+    """The captures that are added to the scores, and are not also query, key or value."""
     operands = {leaf.node for layout in (attention.query, attention.key, attention.value) for leaf in layout.views}
-    return frozenset(leaf.node for layout in attention.captures for leaf in layout.views) - operands
+    added = (attention.captures[slot] for slot in _summands(attention.spec.score))
+    return frozenset(leaf.node for layout in added for leaf in layout.views) - operands
+
+
+def _summands(score: Expr) -> frozenset[int]:
+    """The slots of captures that a score is a sum of."""
+    match score:
+        case Capture(slot):
+            return frozenset((slot,))
+        case Apply("add", (a, b)) | Apply("where", (_, a, b)):
+            return _summands(a) | _summands(b)
+        case Apply("mul", (Const(factor), x)) if 0 < factor <= 1:
+            return _summands(x)
+    return frozenset()
 
 
 def _replayed(pair: _Pair) -> Certificate:
@@ -136,14 +150,20 @@ def _try(name: str, trial: Trial, pair: _Pair) -> Errors:
         warnings.simplefilter("ignore")
         expected = _observed(pair.source, values, needs)
         found = _observed(pair.fused, values[: pair.shared], needs[: pair.shared])
-        exact = _observed(partial(_in_double, pair.source), [widened(value) for value in values], needs)
+        exactly = partial(_observed, partial(_in_double, pair.source), needs=needs)
+        exact = exactly([widened(value) for value in values])
+        moved = cache(lambda: exactly([nudged(value, _SEED) for value in values]))
     differentiated = (node for node, need in zip(pair.standing, needs, strict=True) if need)
     names = ["the result", *(f"the gradient of {node.name}" for node in differentiated)]
     errors = [
-        compare(f"{which} on {name} inputs", *three)
-        for which, *three in zip(names, expected, found, exact, strict=True)
+        compare(f"{which} on {name} inputs", expected[at], found[at], exact[at], partial(_nth, moved, at))
+        for at, which in enumerate(names)
     ]
     return errors[0]
+
+
+def _nth(results: Callable[[], list[Tensor]], at: int) -> Tensor:
+    return results()[at]
 
 
 def _in_double(source: GraphModule, *values: Tensor | int) -> Tensor:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from attnfuse.graph import facts
 
-__all__ = ["GRADIENT_FREE", "TRIALS", "Trial", "draw"]
+__all__ = ["GRADIENT_FREE", "TRIALS", "Trial", "draw", "nudged"]
 
 #: Makes a tensor of a shape and dtype; the generator is the certificate's.
 Trial = Callable[[tuple[int, ...], torch.dtype, torch.Generator], Tensor]
@@ -31,13 +31,22 @@ def draw(
     return trial(shape, facts.dtype(node), generator)
 
 
+def nudged(value: Tensor | int, seed: int) -> Tensor | int:
+    """A floating-point input in float64, each element moved towards zero by at most one rounding of its own dtype."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    part = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return value.double() * (1 - torch.finfo(value.dtype).eps * part)
+
+
 def _plain(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Standard normal floats, fair coins, small ids."""
+    """Standard normal floats, fair coins, small ids. A lone float is positive: a root may be taken of a scale."""
     if dtype == torch.bool:
         return torch.rand(shape, generator=generator) < 0.7
     if not dtype.is_floating_point:
         return torch.randint(0, 3, shape, generator=generator).to(dtype)
-    return torch.randn(shape, generator=generator).to(dtype)
+    found = torch.randn(shape, generator=generator).to(dtype)
+    return found if shape else found.abs()
 
 
 def _loud(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

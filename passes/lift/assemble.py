@@ -14,7 +14,7 @@ from attnfuse.kernels import Source
 from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, Reduced, Softmax
 from attnfuse.passes.lift.normaliser import divided_by_sum
 from attnfuse.passes.lift.operand import factored, viewed
-from attnfuse.passes.lift.reader import Reader
+from attnfuse.passes.lift.reader import Reader, TakeAsTensor
 from attnfuse.passes.site import Operand, Site
 from attnfuse.score import Apply, Capture, Expr, P, S, apply, rewrite, walk
 from attnfuse.spec import EmptyRows, Normaliser
@@ -25,7 +25,8 @@ __all__ = ["Parts", "axes_at", "query_and_key", "read_site", "score_product", "s
 def read_site(reader: Reader, node: Node) -> Site | None:
     """The attention whose result ``node`` is: a contraction, or one divided by the sum of its weights.
 
-    None where it is no attention. Raises :class:`Unreadable` and :class:`Refused` where it is and cannot be lifted.
+    None where it is no attention. Raises :class:`Unreadable` and :class:`Refused` where it is and cannot be lifted,
+    and :class:`TakeAsTensor` where it can be by a reader that leaves one node unread.
     """
     if any(size == 0 for size in facts.shape(node)):
         raise Unreadable("a dimension is empty")
@@ -247,33 +248,20 @@ def weight_program(reader: Reader, weights: Expr, node: Node) -> tuple[float, Ex
     return rate, weights
 
 
-def _place_of(atom: Atom) -> Place | None:
-    """Where the tensor of an atom's node is read."""
-    match atom:
-        case Dot():
-            return atom.place
-        case Reduced() if facts.rank(atom.node) == len(atom.place):
-            return atom.place
-        case Reduced():
-            return atom.place[: atom.dim] + atom.place[atom.dim + 1 :]
-    return None
-
-
 def _leaves_only(reader: Reader, expr: Expr) -> Expr:
-    """Every atom that is no leaf, such as a second product, taken as the tensor that it is."""
+    """Every atom that is no leaf, a second product or a reduction, taken as the tensor that it is."""
 
     def as_leaf(part: Expr) -> Expr:
         if not isinstance(part, Capture):
             return part
         atom = reader.atoms[part.slot]
-        if isinstance(atom, Leaf):
-            return part
-        place = _place_of(atom)
-        if place is None:
-            raise _refusal("the logits hold another softmax", atom.node)
-        leaf = reader.leaf(atom.node, place)
-        if not reader.is_plain(Leaf(atom.node, place)):
-            raise _refusal("the logits hold a product that is read in part", atom.node)
-        return leaf
+        match atom:
+            case Leaf():
+                return part
+            case Dot(place=place) | Reduced(result=place):
+                if not reader.is_plain(Leaf(atom.node, place)):
+                    raise TakeAsTensor(atom.node)
+                return reader.leaf(atom.node, place)
+        raise _refusal("the logits hold another softmax or dropout", atom.node)
 
     return rewrite(expr, as_leaf)

@@ -48,13 +48,17 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Reduced:
-    """``kind`` ("max", "sum", "logsumexp" or "any") of ``operand`` over dimension ``dim``; ``place`` has a 0 there."""
+    """``kind`` ("max", "sum", "logsumexp" or "any") of ``operand`` over dimension ``dim``; ``place`` has a 0 there.
+
+    ``result`` is the place in ``node``, which may have lost that dimension.
+    """
 
     kind: str
     node: Node
     operand: Node
     dim: int
     place: Place
+    result: Place
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch.fx import Node
 from attnfuse.errors import Refused
 from attnfuse.graph import facts
 from attnfuse.graph.order import Order, Write, storage
+from attnfuse.passes.lift.reader import TakeAsTensor
 from attnfuse.passes.site import Site
 
 __all__ = ["interior", "without_hazards"]
@@ -17,7 +18,7 @@ __all__ = ["interior", "without_hazards"]
 
 def without_hazards(site: Site, order: Order) -> Site:
     """The site with its interior. Raises :class:`Refused` where a score or weight is used outside, or where
-    something that was read is overwritten.
+    something that was read is overwritten; :class:`TakeAsTensor` where what was read is the overwriting itself.
     """
     inside = interior(site, order)
     for node in inside:
@@ -28,7 +29,7 @@ def without_hazards(site: Site, order: Order) -> Site:
         if leaf in inside:
             reason = "what is done with the scores needs all of them at once"
             raise Refused(reason, leaf.name, facts.source_line(leaf))
-        _refuse_overwritten(leaf, site, order)
+        _refuse_overwritten(leaf, site, inside, order)
     for write in order.writes_between(site.product, site.node):
         if write.target in inside:
             _refuse_shared_write(write, inside, order)
@@ -58,11 +59,13 @@ def _escape(site: Site, node: Node, user: Node, order: Order) -> Refused:
     return Refused(f"the attention {what} are {by}", node.name, facts.source_line(node), remedy)
 
 
-def _refuse_overwritten(leaf: Node, site: Site, order: Order) -> None:
+def _refuse_overwritten(leaf: Node, site: Site, inside: set[Node], order: Order) -> None:
     """The fused node reads an operand where it stands itself, which may be later than where the source read it."""
     read = site.consumers.get(leaf, leaf)
     for write in order.writes_between(leaf, site.node):
         if storage(write.target) is storage(leaf) and not order.before(write.node, read):
+            if write.node in site.reads and write.node not in inside:
+                raise TakeAsTensor(write.node)
             reason = f"{leaf.name} is overwritten before the product with the values"
             raise Refused(reason, write.node.name, facts.source_line(write.node), "write into a copy")
 

@@ -92,20 +92,33 @@ def _unshifted(reader: Reader, logit: Expr, dim: int, place: Place) -> Expr:
     It is finite wherever any result is, and where it is not, the shifted row and the unshifted one are NaN alike.
     """
     row = reader.final((*place[:dim], Index(), *place[dim + 1 :]))
-    for part in walk(logit):
-        match part:
-            case Apply("mul", (Const(factor), Capture(slot))) if factor < 0:
-                atom = reader.atoms[slot]
-                if _is_row(atom, reader, "max", dim, row):
-                    own = apply("mul", Const(-factor), reader.read(atom.operand, place))
-                    plain = rewrite(logit, partial(_dropped, part))
-                    if _same(reader, own, plain):
-                        return own
+    for part in {part for part in walk(logit) if isinstance(part, Capture)}:
+        atom = reader.atoms[part.slot]
+        factor = _factor(logit, part) if _is_row(atom, reader, "max", dim, row) else None
+        if factor is not None and factor < 0 and isinstance(atom, Reduced):
+            own = apply("mul", Const(-factor), reader.read(atom.operand, place))
+            plain = rewrite(logit, partial(_dropped, part))
+            if _same(reader, own, plain):
+                return own
     return logit
 
 
 def _dropped(summand: Expr, expr: Expr) -> Expr:
     return Const(0.0) if expr == summand else expr
+
+
+def _factor(expr: Expr, part: Capture) -> float | None:
+    """What ``part`` is multiplied by in ``expr``, a linear function of it; None where it is none."""
+    match expr:
+        case Capture():
+            return 1.0 if expr == part else 0.0
+        case Apply("mul", (Const(factor), x)):
+            inner = _factor(x, part)
+            return None if inner is None else factor * inner
+        case Apply("add", (x, y)):
+            left, right = _factor(x, part), _factor(y, part)
+            return None if left is None or right is None else left + right
+    return None if part in walk(expr) else 0.0
 
 
 def _is_row(atom: Atom, reader: Reader, kind: str, dim: int, row: Place) -> TypeGuard[Reduced]:

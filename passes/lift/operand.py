@@ -27,7 +27,8 @@ def _scaling(op: str) -> Rule:
             source, factor = factor, source
         if facts.dtype(source) != facts.dtype(node) or args.get("rounding_mode"):
             raise Unreadable("scaling that changes the dtype")
-        by = reader.scalar(factor)
+        # as far as the logits are read, so that one number is not two inputs of the fused node
+        by = reader.unlimited().scalar(factor)
         return apply(op, reader.read(source, place), by)
 
     return rule

@@ -97,6 +97,17 @@ def _masked_fill(reader: Reader, node: Node, args: Arguments, place: Place) -> E
     return apply("where", mask, _rounded(fill, facts.dtype(node)), kept)
 
 
+def _extremum(op: str) -> Rule:
+    """``max(a, b)`` of two tensors; of one tensor it is a reduction."""
+
+    def rule(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+        if "other" not in args:
+            raise Unreadable(f"the {op} of a whole tensor")
+        return apply(op, operand(reader, args["self"], place), operand(reader, args["other"], place))
+
+    return rule
+
+
 def _clamp(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     out = operand(reader, args["self"], place)
     for bound, op in (("min", "max"), ("max", "min")):
@@ -208,8 +219,8 @@ POINTWISE: dict[str, Rule] = {
     "rsub": _rsub,
     "floor_divide": _binary("floordiv"),
     "remainder": _binary("mod"),
-    "maximum": _binary("max"),
-    "minimum": _binary("min"),
+    **dict.fromkeys(("maximum", "max"), _extremum("max")),
+    **dict.fromkeys(("minimum", "min"), _extremum("min")),
     "pow": _binary("pow", "exponent"),
     "where": _where,
     "masked_fill": _masked_fill,

@@ -26,7 +26,7 @@ from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, Reduced,
 from attnfuse.score import Apply, Capture, Const, Expr, Symbol, apply, walk
 from attnfuse.score import Index as Variable
 
-__all__ = ["Reader", "Rule", "Rules"]
+__all__ = ["Reader", "Rule", "Rules", "TakeAsTensor"]
 
 #: ``rule(reader, node, arguments, place)`` is the node's value at that place; raises Unreadable to make it a leaf.
 Rule = Callable[["Reader", Node, Mapping[str, Any], Place], Expr]
@@ -37,20 +37,39 @@ _MAX_DEPTH = 150
 _MAX_SIZE = 300
 
 
+class TakeAsTensor(Exception):
+    """A node that could be read, but whose value the fused node must be handed: the site is to be read again so."""
+
+    def __init__(self, node: Node) -> None:
+        """``node`` is to be among the next reader's ``opaque``."""
+        super().__init__(node.name)
+        self.node = node
+
+
 class Reader:
     """Reads one site. All expressions it returns share its axes, atoms and symbols."""
 
-    def __init__(self, rules: Rules, order: Order, is_given: Callable[[Node], bool] = lambda node: True) -> None:
-        """``is_given`` says which nodes' values a fused node could be handed; only those can be leaves."""
+    def __init__(
+        self,
+        rules: Rules,
+        order: Order,
+        is_given: Callable[[Node], bool] = lambda node: True,
+        opaque: frozenset[Node] = frozenset(),
+    ) -> None:
+        """``is_given`` says which nodes' values a fused node could be handed; only those can be leaves.
+
+        Nodes in ``opaque`` are leaves whatever rules there are.
+        """
         self.space = Space()
         self.atoms: list[Atom] = []
         self.symbols: list[Size] = []
         #: Which axis an index variable of an expression runs over.
         self.axes: dict[str, Index] = {}
-        self._rules, self._order, self._is_given = rules, order, is_given
+        self._rules, self._order, self._is_given, self._opaque = rules, order, is_given, opaque
         self._slots: dict[Atom, int] = {}
         self._memo: dict[tuple[Node, Place, bool], Expr] = {}
         self._depth = 0
+        self._unlimited: Reader | None = None
         self._consumer: Node | None = None
         #: Nodes in the order they were read.
         self.trail: list[tuple[Node, Place]] = []
@@ -63,6 +82,13 @@ class Reader:
         """A reader with fewer rules that shares everything found so far; it reads what ``consumer`` reads."""
         other = copy(self)
         other._rules, other._memo, other.trail, other._consumer = rules, {}, [], consumer
+        other._unlimited = self
+        return other
+
+    def unlimited(self) -> Reader:
+        """The reader with all rules that this one was made from, reading what this one reads."""
+        other = copy(self._unlimited or self)
+        other._consumer = self._consumer
         return other
 
     def read(self, node: Node, place: Place) -> Expr:
@@ -87,7 +113,7 @@ class Reader:
     def _interpret(self, node: Node, place: Place) -> Expr:
         name = facts.op_name(node)
         rule = self._rules.get(name) or self._rules.get(name.rstrip("_"))
-        if rule is None or self._depth > _MAX_DEPTH:
+        if rule is None or node in self._opaque or self._depth > _MAX_DEPTH:
             return self.leaf(node, place)
         before, self._consumer = self._consumer, node
         self._depth += 1
@@ -133,7 +159,7 @@ class Reader:
     def kind_of(self, slot: int) -> Kind:
         """bool, int or float: what the atom in a slot is."""
         match self.atoms[slot]:
-            case Leaf(node) | Dot(node):
+            case Leaf(node) | Dot(node) | Reduced(node=node):
                 return facts.kind(node)
             case Reduced("any"):
                 return "bool"

@@ -46,7 +46,7 @@ def _reduced(reader: Reader, kind: str, node: Node, args: Arguments, dim: int, p
     if kind == "sum" and is_product_sum(node):
         return _product_sum(reader, node, operand, at, place, args["keepdim"])
     full = (*place[:at], Index(), *place[at + (1 if args["keepdim"] else 0) :])
-    return reader.atom(Reduced(kind, node, operand, at, full))
+    return reader.atom(Reduced(kind, node, operand, at, full, place))
 
 
 def is_product_sum(node: Node) -> bool:

@@ -24,7 +24,7 @@ from attnfuse.passes.lift.create import CREATE
 from attnfuse.passes.lift.hazards import without_hazards
 from attnfuse.passes.lift.normaliser import NORMALISER_NAMES, NORMALISERS
 from attnfuse.passes.lift.pointwise import POINTWISE
-from attnfuse.passes.lift.reader import Reader, Rules
+from attnfuse.passes.lift.reader import Reader, Rules, TakeAsTensor
 from attnfuse.passes.lift.reduction import REDUCTIONS, is_product_sum
 from attnfuse.passes.lift.unnormalised import can_hold, read_unnormalised
 from attnfuse.passes.lift.view import VIEWS
@@ -74,8 +74,8 @@ def _candidates(graph: Graph) -> list[tuple[Node, Node | None]]:
             found.append((node, node))
         elif node in products:
             found.append((node, products[node]))
-        elif facts.op_name(node) == "div" and node.all_input_nodes[0] in summed:
-            found.append((node, products[summed[node.all_input_nodes[0]]]))
+        elif facts.op_name(node) == "div" and (product := _reached_by(node.all_input_nodes[:1], summed)):
+            found.append((node, products[product]))
         elif _is_score_product(node) and can_hold(node) and _reached(node, bare):
             found.append((node, None))
     return found
@@ -125,10 +125,12 @@ def _unread_weights(reader: Reader, start: Node) -> Found:
     return []
 
 
-def _attempt(node: Node, start: Node | None, order: Order, given: Given) -> Found:
+def _attempt(
+    node: Node, start: Node | None, order: Order, given: Given, opaque: frozenset[Node] = frozenset()
+) -> Found:
     """``start`` is the normaliser, the call itself, or None."""
     try:
-        reader = Reader(_RULES, order, given.is_given)
+        reader = Reader(_RULES, order, given.is_given, opaque)
         if is_call(node):
             site: Site | None = read_call(reader, node)
         elif start is None:
@@ -138,6 +140,8 @@ def _attempt(node: Node, start: Node | None, order: Order, given: Given) -> Foun
         if site is not None:
             return [without_hazards(site, order)]
         return [] if start is None else _unread_weights(reader, start)
+    except TakeAsTensor as error:
+        return _attempt(node, start, order, given, opaque | {error.node})
     except Unreadable as error:
         # two products that cannot be read need not be attention
         return [] if start is None else [Refused(str(error), start.name, facts.source_line(start))]

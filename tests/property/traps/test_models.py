@@ -1,0 +1,139 @@
+"""Forms that real models write, each fused: what a library's release taught, in as few lines as show it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.support.never_wrong import never_wrong, qkv
+
+MIN = torch.finfo(torch.float32).min
+
+
+def attend(scores: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(scores, dim=-1) @ v
+
+
+def additive_mask(keys: int = 9) -> Tensor:
+    return torch.where(torch.rand(2, 1, 6, keys) < 0.7, 0.0, MIN)
+
+
+# --- what a mask is made of --------------------------------------------------------------------------
+
+
+def test_a_mask_made_of_lengths(door: str) -> None:
+    """Audio Flamingo 3, Pix2Struct, Llama 4: a sum over the padding says how long a row is."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        keep = torch.arange(9)[None, :] < padding.sum(-1, keepdim=True)
+        return attend((q @ k.mT).masked_fill(~keep[:, None, None, :], MIN), v)
+
+    padding = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+    assert never_wrong(door, attention, *qkv(), padding).fused
+
+
+def test_a_bias_gated_by_a_sum(door: str) -> None:
+    """WavLM: the gate of a relative position is a sum over features."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, positions: Tensor) -> Tensor:
+        return attend(q @ k.mT + torch.sigmoid(gates.sum(-1))[:, :, :, None] * positions, v)
+
+    assert never_wrong(door, attention, *qkv(), torch.randn(2, 4, 6, 3), torch.randn(4, 6, 9)).fused
+
+
+def test_a_bias_that_is_a_piece_of_a_product(door: str) -> None:
+    """Funnel: one product scores both kinds of token, of which a choice is made for each pair."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, kinds: Tensor, same: Tensor) -> Tensor:
+        other_kind, same_kind = torch.split(torch.einsum("bhmd,shd->bhms", q, kinds), 1, dim=-1)
+        return attend(q @ k.mT + torch.where(same, same_kind, other_kind), v)
+
+    args = (*qkv(), torch.randn(2, 4, 8), torch.rand(2, 1, 6, 9) < 0.5)
+    assert never_wrong(door, attention, *args).fused
+
+
+def test_a_bias_that_was_scaled_in_place(door: str) -> None:
+    """Funnel: the positional part is multiplied in place before it is added."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, keep: Tensor) -> Tensor:
+        bias = torch.einsum("bhmd,nhd->bhmn", q, positions)
+        bias *= keep
+        return attend(q @ k.mT + bias, v)
+
+    assert never_wrong(door, attention, *qkv(), torch.randn(9, 4, 8), torch.rand(6, 9)).fused
+
+
+# --- what is done with the scores ---------------------------------------------------------------------
+
+
+def test_scores_bounded_by_a_constant_tensor(door: str) -> None:
+    """XGLM: the sum of score and mask is kept finite by ``torch.max`` of two tensors."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = q @ k.mT + mask
+        return attend(torch.max(scores, torch.tensor(torch.finfo(torch.float32).min)), v)
+
+    assert never_wrong(door, attention, *qkv(), additive_mask()).fused
+
+
+def test_scores_filled_from_a_constant_tensor(door: str) -> None:
+    """GPT-Neo, ImageGPT: the fill is a tensor that the model makes of a number."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        scores = q @ k.mT
+        return attend(torch.where(keep, scores, torch.tensor(MIN, dtype=scores.dtype)), v)
+
+    assert never_wrong(door, attention, *qkv(), torch.rand(6, 9) < 0.7).fused
+
+
+def test_scores_shifted_in_another_unit(door: str) -> None:
+    """LayoutLMv3 (CogView): the maximum is taken of the scores over 32 and the difference scaled back."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        scores = (q @ k.mT + bias / 4 + mask) / 32
+        return attend((scores - scores.amax(dim=-1).unsqueeze(-1)) * 32, v)
+
+    assert never_wrong(door, attention, *qkv(), torch.randn(4, 6, 9), additive_mask()).fused
+
+
+def test_scores_times_a_mask_of_floats(door: str) -> None:
+    """OpenAI GPT: ``w * b - 1e4 * (1 - b)``, and a padding mask on top."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, causal: Tensor, mask: Tensor) -> Tensor:
+        return attend(q @ k.mT / 4 * causal + -1e4 * (1 - causal) + mask, v)
+
+    assert never_wrong(door, attention, *qkv(), torch.ones(6, 9).tril(), additive_mask()).fused
+
+
+def test_large_logits_may_leave_the_source_exact_by_luck(door: str) -> None:
+    """Switch Transformers: two biases and no scale; the fused node adds the biases up first."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        return attend(q @ k.mT + positions.permute(2, 0, 1) + mask, v)
+
+    args = qkv(rows=16, keys=16, depth=16)
+    assert never_wrong(door, attention, *args, torch.randn(16, 16, 4), additive_mask(16)[:, :, :1]).fused
+
+
+# --- beside attention ---------------------------------------------------------------------------------
+
+
+def test_a_quotient_of_sizes_is_no_tensor(door: str) -> None:
+    """Longformer, LED: ``torch.div`` of two numbers stands in the graph."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        chunks = torch.div(q.size(-2), 2, rounding_mode="trunc")
+        return attend(q @ k.mT, v) * chunks
+
+    assert never_wrong(door, attention, *qkv()).fused
+
+
+def test_a_bias_of_products_on_products(door: str) -> None:
+    """DeBERTa, SEW-D: positions score against keys and queries, each gathered by distance."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, at: Tensor) -> Tensor:
+        scale = torch.sqrt(torch.tensor(q.size(-1), dtype=torch.float) * 2)
+        to_position = torch.gather(q @ positions.mT, -1, at.expand(2, 4, 6, 9))
+        return attend(q @ (k / scale.to(k.dtype)).mT + to_position / scale.to(k.dtype), v)
+
+    assert never_wrong(door, attention, *qkv(), torch.randn(4, 5, 8), torch.randint(0, 5, (6, 9))).fused
