@@ -156,8 +156,8 @@ def _try(name: str, trial: Trial, pair: _Pair) -> Errors:
     differentiated = (node for node, need in zip(pair.standing, needs, strict=True) if need)
     names = ["the result", *(f"the gradient of {node.name}" for node in differentiated)]
     errors = [
-        compare(f"{which} on {name} inputs", expected[at], found[at], exact[at], partial(_nth, moved, at))
-        for at, which in enumerate(names)
+        compare(f"{which} on {name} inputs", source, fused, truth, partial(_nth, moved, at))
+        for at, (which, source, fused, truth) in enumerate(zip(names, expected, found, exact, strict=True))
     ]
     return errors[0]
 

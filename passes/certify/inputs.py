@@ -55,13 +55,17 @@ def _loud(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
     return found * 6 if dtype.is_floating_point else found
 
 
-def _masked(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Whole rows masked, ids all equal: what padding does."""
-    found = _plain(shape, dtype, generator)
-    if found.dim() and not dtype.is_floating_point:
-        found[..., : (shape[-1] + 1) // 2] = False
-        found[:1] = False
-    return found
+def _rows_of(value: int) -> Trial:
+    """Whole rows masked, ids all equal: what padding does. A mask may say with 0 or with 1 what is to be dropped."""
+
+    def trial(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        found = _plain(shape, dtype, generator)
+        if found.dim() and not dtype.is_floating_point:
+            found[..., : (shape[-1] + 1) // 2] = value
+            found[:1] = value
+        return found
+
+    return trial
 
 
 def _filled(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -77,7 +81,13 @@ def _with_fills(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gen
 
 
 #: What every site is tried with, by name.
-TRIALS: tuple[tuple[str, Trial], ...] = (("plain", _plain), ("loud", _loud), ("masked", _masked), ("filled", _filled))
+TRIALS: tuple[tuple[str, Trial], ...] = (
+    ("plain", _plain),
+    ("loud", _loud),
+    ("masked", _rows_of(0)),
+    ("masked by ones", _rows_of(1)),
+    ("filled", _filled),
+)
 
 #: Trials that say nothing of gradients.
 GRADIENT_FREE: tuple[Trial, ...] = (_loud,)
