@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from typing import TypeVar
 
 from attnfuse.errors import Refused
 
-__all__ = ["Certificate", "Fused", "Report", "Site"]
+__all__ = ["Certificate", "Fused", "Report", "Site", "grouped"]
+
+#: What tells ``matmul_3`` and ``matmul_5`` apart.
+_NUMBER = re.compile(r"_\d+\b")
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Fused:
 
 
 Site = Fused | Refused
+S = TypeVar("S", bound=Fused | Refused)
 
 
 @dataclass(frozen=True)
@@ -84,12 +91,18 @@ class Report:
         return "\n".join([head, *_grouped(self.sites)])
 
 
-def _grouped(sites: tuple[Site, ...]) -> list[str]:
-    """Equal sites on one line, in order of first appearance: ``24 x scale 0.125, causal -> sdpa``."""
-    groups: dict[str, list[Site]] = {}
+def grouped(sites: Iterable[S]) -> list[list[S]]:
+    """Equal sites together, in order of first appearance. Layers of a model differ in the numbers of their nodes."""
+    groups: dict[str, list[S]] = {}
     for site in sites:
-        groups.setdefault(_line(site), []).append(site)
-    return [f"  {len(members):>3} x {line}  ({_names(members)})" for line, members in groups.items()]
+        alike = _line(site) if isinstance(site, Fused) else _NUMBER.sub("", _line(site))
+        groups.setdefault(alike, []).append(site)
+    return list(groups.values())
+
+
+def _grouped(sites: tuple[Site, ...]) -> list[str]:
+    """One line for each group: ``24 x scale 0.125, causal -> sdpa``."""
+    return [f"  {len(members):>3} x {_line(members[0])}  ({_names(members)})" for members in grouped(sites)]
 
 
 def _names(members: list[Site]) -> str:

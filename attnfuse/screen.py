@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from attnfuse.report import Certificate, Fused, Report
+from attnfuse.errors import Refused
+from attnfuse.report import Certificate, Fused, Report, grouped
 
 __all__ = ["show_certificate", "show_report", "show_rows", "stage"]
+
+S = TypeVar("S", bound=Fused | Refused)
 
 
 @contextmanager
@@ -32,11 +36,9 @@ def show_report(report: Report) -> None:
         typer.echo(str(report))
         return
     if report.fused:
-        fused = (("sites", "fused", "shape", "kernel", "estimated gain"), map(_fused_row, report.fused))
-        show_rows(*_counted(*fused))
+        show_rows(("sites", "fused", "shape", "kernel", "estimated gain"), _counted(report.fused, _fused_row))
     if report.refused:
-        refused = ((site.reason, site.remedy, site.source or site.node) for site in report.refused)
-        show_rows(*_counted(("sites", "refused because", "remedy", "where"), refused))
+        show_rows(("sites", "refused because", "remedy", "where"), _counted(report.refused, _refused_row))
     typer.echo(f"attention sites: {len(report.sites)}, fused: {len(report.fused)}, refused: {len(report.refused)}")
 
 
@@ -70,9 +72,10 @@ def _fused_row(site: Fused) -> tuple[str, ...]:
     return site.what, site.shape, site.kernel, gain
 
 
-def _counted(header: Sequence[str], rows: Iterable[tuple[str, ...]]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
-    """Equal rows as one, its count in front, in order of first appearance."""
-    counts: dict[tuple[str, ...], int] = {}
-    for row in rows:
-        counts[row] = counts.get(row, 0) + 1
-    return header, [(str(count), *row) for row, count in counts.items()]
+def _refused_row(site: Refused) -> tuple[str, ...]:
+    return site.reason, site.remedy, site.source or site.node
+
+
+def _counted(sites: Iterable[S], row: Callable[[S], tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """One row for each group of equal sites, its count in front."""
+    return [(str(len(members)), *row(members[0])) for members in grouped(sites)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from attnfuse.errors import Refused
-from attnfuse.report import Certificate, Fused, Report
+from attnfuse.report import Certificate, Fused, Report, grouped
 from attnfuse.spec import AttentionSpec
 
 
@@ -46,6 +47,14 @@ def test_a_refusal_without_source_or_remedy_is_its_reason() -> None:
     assert str(Report((Refused("a dimension is empty", "mm"),))).splitlines()[1] == (
         "    1 x refused  a dimension is empty  (mm)"
     )
+
+
+def test_layers_share_a_line_though_their_nodes_are_numbered() -> None:
+    layers = [replace(ESCAPES, reason=f"the scores are also used by add_{n}", node=f"softmax_{n}") for n in range(24)]
+    (line,) = str(Report(tuple(layers))).splitlines()[1:]
+    assert line.startswith("   24 x refused  the scores are also used by add_0 at model.py:9")
+    assert line.endswith("(softmax_0 ... softmax_23)")
+    assert grouped([*layers, fused("a"), fused("b")])[1] == [fused("a"), fused("b")]
 
 
 def test_an_empty_report_says_so() -> None:
