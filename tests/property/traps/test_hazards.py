@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnfuse import fuse_graph
 from tests.support.doors import as_module, rewritten
 from tests.support.never_wrong import never_wrong, qkv
 
@@ -40,6 +45,56 @@ def test_weights_averaged_over_heads(door: str) -> None:
         return weights @ v, weights.mean(1)
 
     never_wrong(door, attention, *qkv())
+
+
+def test_weights_with_a_hook() -> None:
+    """A hook sees the weights' gradient, so there must be weights."""
+    seen: list[Tensor] = []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.softmax(q @ k.mT, dim=-1)
+        weights.register_hook(seen.append)
+        return weights @ v
+
+    def gradients(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        leaves = tuple(x.requires_grad_() for x in args)
+        return torch.autograd.grad(run(*leaves).square().sum(), leaves)
+
+    args = qkv()
+    torch.compiler.reset()
+    run = torch.compile(attention, backend=partial(fuse_graph, profit=False))
+    for ours, theirs in zip(gradients(run), gradients(attention), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert len(seen) == 2
+    torch.testing.assert_close(*seen)
+
+
+def test_a_weight_that_the_backward_needs() -> None:
+    """A function of one's own saves the weights."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, weights: Tensor, v: Tensor) -> Tensor:
+            ctx.save_for_backward(weights, v)
+            return weights @ v
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+            weights, v = ctx.saved_tensors
+            return 2 * gradient @ v.mT, weights.mT @ gradient  # twice what it should be, on purpose
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return Product.apply(torch.softmax(q @ k.mT, dim=-1), v)
+
+    def gradients(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        leaves = tuple(x.requires_grad_() for x in args)
+        return torch.autograd.grad(run(*leaves).square().sum(), leaves)
+
+    args = qkv()
+    torch.compiler.reset()
+    run = torch.compile(attention, backend=partial(fuse_graph, profit=False))
+    for ours, theirs in zip(gradients(run), gradients(attention), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_scores_returned(door: str) -> None:
@@ -295,3 +350,16 @@ def test_dropout_keeps_its_distribution(door: str) -> None:
     assert abs(kept.float().mean().item() - 0.75) < 5 * (0.75 * 0.25 / kept.numel()) ** 0.5
     assert program.report.fused
     assert any("dropout" in note for note in program.report.fused[0].notes)
+
+
+# --- settings of the user ---------------------------------------------------------------------------
+
+
+def test_the_precision_of_products_stays_the_user_s(door: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        never_wrong(door, lambda q, k, v: attend(q @ k.mT, v), *qkv())
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

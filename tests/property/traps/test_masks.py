@@ -100,6 +100,14 @@ def test_a_fill_that_masks_nothing_is_a_value(door: str, fill: float) -> None:
     never_wrong(door, attention, *qkv(), keep_with_an_empty_row())
 
 
+@pytest.mark.parametrize("fill", [0.0, -1.0, 2.0])
+def test_a_choice_that_masks_nothing_is_a_value(door: str, fill: float) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return attend(torch.where(keep, q @ k.mT, fill), v)
+
+    never_wrong(door, attention, *qkv(), keep_with_an_empty_row())
+
+
 def test_where_replaces_and_plus_adds(door: str) -> None:
     def replaced(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         return attend(torch.where(keep, q @ k.mT, -3.0), v)
@@ -170,11 +178,12 @@ def test_one_minus_a_mask_of_floats_is_arithmetic(door: str, values: tuple[float
     never_wrong(door, attention, *qkv(), mask)
 
 
-def test_a_bool_added_to_scores_adds_one(door: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_bool_added_to_scores_adds_one(door: str, dtype: torch.dtype) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return attend(q @ k.mT + mask, v)
 
-    never_wrong(door, attention, *qkv(), torch.rand(6, 9) < 0.5)
+    never_wrong(door, attention, *(x.to(dtype) for x in qkv()), torch.rand(6, 9) < 0.5)
 
 
 def test_alpha_multiplies_what_is_added(door: str) -> None:

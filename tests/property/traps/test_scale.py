@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.support.compare import assert_as_good
+from tests.support.doors import as_module, rewritten
 from tests.support.never_wrong import never_wrong, qkv
 
 
@@ -102,3 +105,52 @@ def test_squared_weights(door: str) -> None:
         return torch.softmax(q @ k.mT, dim=-1).square() @ v
 
     never_wrong(door, attention, *qkv())
+
+
+def test_of_a_size_that_is_not_known(door: str) -> None:
+    """``sqrt`` of a symbolic size is a SymFloat."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q @ k.mT / math.sqrt(q.size(-1)), v)
+
+    args = qkv()
+    if door == "core ATen":
+        pytest.skip("decomposition specialises the size")
+    program = rewritten(door, as_module(attention), args, dynamic=True)
+    exact = attention(*(x.double() for x in args))
+    assert_as_good(program.run(*args), attention(*args), exact)
+    assert all("bug of attnfuse" not in site.reason for site in program.report.refused), program.report
+
+
+def test_learned(door: str) -> None:
+    """A parameter keeps its gradient."""
+
+    class Learned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = torch.nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q @ k.mT * self.temperature, v)
+
+    args = qkv()
+    program = rewritten(door, Learned(), args)
+    exact = Learned().double()(*(x.double() for x in args))
+    assert_as_good(program.run(*args).detach(), Learned()(*args).detach(), exact)
+    assert len(program.report.fused) == 1, program.report
+
+
+def test_a_learned_scale_keeps_its_gradient() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+        return attend(q @ k.mT * temperature, v)
+
+    def gradient(run: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        leaf = torch.tensor(0.7, dtype=dtype, requires_grad=True)
+        run(*(x.to(dtype) for x in args), leaf).square().sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    args = qkv()
+    program = rewritten("dynamo", as_module(attention), (*args, torch.tensor(0.7, requires_grad=True)))
+    found = gradient(program.run, torch.float32)
+    assert_as_good(found, gradient(attention, torch.float32), gradient(attention, torch.float64))
