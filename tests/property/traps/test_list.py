@@ -38,7 +38,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
     "the polarity of a mask": ("masks: polarity_is_read_not_guessed",),
     "a mask of other values than 0 and 1": (
         "masks: a_mask_may_hold_more_than_zeros_and_ones, one_minus_a_mask_of_floats_is_arithmetic",
-        "masks: ids_of_unsigned_bytes_wrap_around",
+        "masks: ids_of_unsigned_bytes_wrap_around, whole_numbers_compared_as_floats",
     ),
     "a bool is added to scores": ("masks: a_bool_added_to_scores_adds_one",),
     "add(..., alpha=2)": ("masks: alpha_multiplies_what_is_added, alpha_of_sub_multiplies_what_is_subtracted",),
@@ -131,6 +131,26 @@ TRAPS: dict[str, tuple[str, ...]] = {
     "blocks of keys of which a row keeps none are merged without NaN": (
         "tests/kernels/test_rows.py: reach_holds_every_kept_key_and_core_only_kept_ones",
         "tests/kernels/test_forward.py: as_exact_as_the_written_out_program",
+    ),
+    # --- what is attention already, and what has no softmax ---
+    "what scaled_dot_product_attention says of masks, empty rows, heads and scales": (
+        "calls: is_causal_is_aligned_top_left, an_empty_row_is_zero_behind_a_bool_mask, any_rank, any_scale",
+        "calls: an_empty_row_is_zero_behind_a_mask_of_minus_infinity, a_single_key, bfloat16_scores_stay_exact",
+        "calls: an_empty_row_behind_a_finite_fill_weighs_every_key, masks_are_recovered_as_predicates",
+        "calls: grouped_heads_share_runs_of_query_heads, an_operand_is_changed_after_the_call",
+        "calls: a_call_is_replaced_by_what_is_faster",
+    ),
+    "a softmax that makes empty rows zero": ("calls: a_softmax_that_is_safe, a_softmax_whose_empty_rows_are_cleared",),
+    "weights that no softmax made": (
+        "unnormalised: sigmoid_attention, squared_relu, the_masked_product_of_linear_attention, dropout_of_weights",
+        "unnormalised: retention_decays_with_distance, other_activations, shared_heads_and_flat_batches",
+        "unnormalised: a_mask_before_a_sigmoid_leaves_no_weight, a_mild_fill_before_a_sigmoid_leaves_a_weight",
+        "unnormalised: a_masked_key_of_nan_weighs_nothing, weights_returned",
+    ),
+    "two products that are no attention": (
+        "unnormalised: a_normaliser_that_is_no_softmax_is_refused, operands_without_a_common_axis",
+        "unnormalised: products_without_anything_between_are_left_to_associativity",
+        "unnormalised: parameters_are_no_keys_and_values",
     ),
     # --- what models write ---
     "forms of real models": (

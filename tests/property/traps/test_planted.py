@@ -176,8 +176,8 @@ def any_maximum(patch: Patch) -> None:
 
 
 def no_weight(patch: Patch) -> None:
-    right = assemble._weight_program
-    patch.setattr(assemble, "_weight_program", lambda *given: (right(*given)[0], assemble.P))
+    right = assemble.weight_program
+    patch.setattr(assemble, "weight_program", lambda *given: (right(*given)[0], assemble.P))
 
 
 def capture_dropped(part: Expr) -> Expr:
