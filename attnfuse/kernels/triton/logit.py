@@ -1,0 +1,130 @@
+"""A score program taken apart for an online softmax: a factor that ``exp2`` absorbs, and the program inside the mask.
+
+The softmax of ``factor * u`` needs one multiply-add for each score, ``exp2(u * F - max(u) * F)`` with ``F = factor *
+log2(e)``, however the program scales: ``where(n <= m, 0.125 * s, -inf)`` is ``0.125 * where(n <= m, s, -inf)``,
+``50 * tanh(0.02 * s)`` is ``50 * u`` with ``u = tanh(0.02 * s)``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from attnfuse.form import ABSORBING, Causal, Window, features, form_of
+from attnfuse.score import Apply, Capture, Const, Expr, S, apply, rewrite, walk
+from attnfuse.spec import AttentionSpec, Captured, axes_of
+
+__all__ = ["LOG2E", "Logit", "logit_of"]
+
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Logit:
+    """``logit == factor * masked``, and ``== factor * core`` for keys inside of the mask's band.
+
+    ``factor > 0``. ``huge`` says that ``masked`` may be as large as floats are (a captured mask of finfo.min), so
+    that a product with a factor above 1 overflows: subtract the maximum first.
+    """
+
+    factor: float
+    masked: Expr
+    core: Expr
+    huge: bool
+
+    @property
+    def exponent(self) -> float:
+        """What multiplies ``masked`` to make it a power of two."""
+        return self.factor * LOG2E
+
+    def shrunk(self, program: Expr, captures: tuple[Captured, ...]) -> Expr:
+        """Another logit, a sink's, in the units of ``masked``."""
+        return _shrunk(program, self.factor, captures)
+
+
+@lru_cache(maxsize=1024)
+def logit_of(spec: AttentionSpec) -> Logit:
+    """The score program of a spec, taken apart."""
+    masked, core = (rewrite(program, _one_constant) for program in (spec.score, _inside(spec)))
+    if _may_be_huge(spec):
+        return Logit(1.0, masked, core, huge=True)
+    # a mask is outermost and its fill no factor, so the program without its mask scales alike
+    (factor, masked), (_, core) = (_factored(each, spec.captures) for each in (masked, core))
+    return Logit(factor, masked, core, huge=False)
+
+
+def _inside(spec: AttentionSpec) -> Expr:
+    """The program of a key that the mask's band keeps: without the conjuncts that are the band."""
+    form, found = form_of(spec.score), features(spec)
+    if form is None or found is None:
+        return spec.score
+    masks = found[len(found) - len(form.keep) - (spec.sink is not None) :]
+    pairs = zip(form.keep, masks, strict=False)
+    return replace(form, keep=tuple(keep for keep, mask in pairs if not isinstance(mask, (Causal, Window)))).expr()
+
+
+def _one_constant(part: Expr) -> Expr:
+    """``a * x / b`` as ``(a / b) * x``: a softcap's division is a multiplication it has already."""
+    match part:
+        case Apply("div", (Apply("mul", (Const(float() as a), x)), Const(float() as b))) if b:
+            return apply("mul", Const(a / b), x)
+    return part
+
+
+def _may_be_huge(spec: AttentionSpec) -> bool:
+    """Whether it reads floats for each key, which may hold the least finite one to mask it."""
+    read = {part.slot for part in walk(spec.score) if isinstance(part, Capture)}
+    captured = [spec.captures[slot] for slot in read]
+    return any("n" in each.axes and each.dtype in ("float32", "bfloat16", "float64") for each in captured)
+
+
+# --- factors ----------------------------------------------------------------------------------------
+
+Captures = tuple[Captured, ...]
+
+
+def _factored(program: Expr, captures: Captures) -> tuple[float, Expr]:
+    """``(f, u)`` with ``program == f * u`` and ``f > 0``; ``f == 1.0`` where nothing can be taken out."""
+    match program:
+        case Apply("mul", (Const(float() as value), inner)) | Apply("mul", (inner, Const(float() as value))):
+            factor, inside = _factored(inner, captures)
+            return _signed(factor * value, inside, program)
+        case Apply("div", (inner, Const(float() as value))) if value:
+            factor, inside = _factored(inner, captures)
+            return _signed(factor / value, inside, program)
+        case Apply("add", (inner, summand)) if _reads_score(inner) and not _reads_score(summand):
+            factor, inside = _factored(inner, captures)
+            return factor, apply("add", inside, _shrunk(summand, factor, captures))
+        case Apply("where", (mask, inner, Const(fill))) if _reads_score(inner):
+            factor, inside = _factored(inner, captures)
+            return factor, apply("where", mask, inside, _shrunk(Const(float(fill)), factor, captures))
+    return 1.0, program
+
+
+def _signed(factor: float, inside: Expr, program: Expr) -> tuple[float, Expr]:
+    # beyond these a score or a fill could overflow that did not
+    if not 2**-20 < abs(factor) < 2**20:
+        return 1.0, program
+    return (factor, inside) if factor > 0 else (-factor, apply("neg", inside))
+
+
+def _shrunk(program: Expr, factor: float, captures: Captures) -> Expr:
+    """``program / factor``, the division carried to where the fewest elements are divided."""
+    if factor == 1.0:
+        return program
+    match program:
+        case Const(value):
+            # a fill that absorbs scores may be any other that does, and must stay finite
+            return Const(max(float(value), 2 * ABSORBING) / factor if math.isfinite(value) else float(value))
+        case Apply("where", (mask, kept, Const() as other)):
+            return apply("where", mask, *(_shrunk(arm, factor, captures) for arm in (kept, other)))
+        case Apply("mul", (left, right)) if len(axes_of(left, captures)) <= len(axes_of(right, captures)):
+            return apply("mul", _shrunk(left, factor, captures), right)
+        case Apply("mul", (left, right)):
+            return apply("mul", left, _shrunk(right, factor, captures))
+    return apply("mul", Const(1.0 / factor), program)
+
+
+def _reads_score(program: Expr) -> bool:
+    return any(part == S for part in walk(program))
