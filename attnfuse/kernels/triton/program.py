@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -26,12 +26,17 @@ def jit_function(
     """``program`` as a ``triton.jit`` function of :data:`attnfuse.kernels.triton.text.PARAMETERS`; None stays None."""
     if program is None:
         return None
-    return compiled(function_text(program, captures, fast=fast, wide=wide), triton.jit, tl)
+    return compiled(partial(function_text, program, captures, fast=fast, wide=wide), triton.jit, tl)
 
 
-def compiled(source: str, jit: Callable[..., Any], language: ModuleType, name: str = "program") -> Any:
-    """The function ``name`` of a text: with ``triton.jit`` and ``triton.language``, or with Gluon's."""
-    filename = f"<attnfuse program {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
+def compiled(text: Callable[..., str], jit: Callable[..., Any], language: ModuleType) -> Any:
+    """The function of ``text(name=...)``: with ``triton.jit`` and ``triton.language``, or with Gluon's.
+
+    Its name is made of its text: Triton knows functions by name, and takes two of one name in one kernel for one.
+    """
+    digest = hashlib.sha256(text(name="program").encode()).hexdigest()[:16]
+    name, filename = f"program_{digest}", f"<attnfuse program {digest}>"
+    source = text(name=name)
     # without a time of change it is never looked for on disk
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace = {"jit": jit, "tl": language, "__name__": __name__}
