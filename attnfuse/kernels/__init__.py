@@ -5,10 +5,12 @@ from __future__ import annotations
 from attnfuse.kernels.cpu import blocked as _blocked  # noqa: F401  (registers)
 from attnfuse.kernels.cpu import direct as _direct  # noqa: F401  (registers)
 from attnfuse.kernels.cpu import sdpa as _sdpa  # noqa: F401  (registers)
+from attnfuse.kernels.gpu import cudnn as _cudnn  # noqa: F401  (registers)
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Numerics, Operand, Problem, Source
 from attnfuse.kernels.registry import UNFUSED, Candidate, Choice, choose, digest, kernel, kernels, lookup
 from attnfuse.kernels.rows import rows_kept
+from attnfuse.kernels.triton import kernel as _triton  # noqa: F401  (registers)
 
 __all__ = [
     "UNFUSED",

@@ -15,7 +15,8 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from attnfuse.errors import BadInput, NoKernel
-from attnfuse.kernels.cost import unfused
+from attnfuse.kernels import cost
+from attnfuse.kernels.gpu import cost as gpu_cost
 from attnfuse.kernels.kernel import Kernel
 from attnfuse.kernels.problem import Problem
 from attnfuse.target import Target
@@ -112,7 +113,11 @@ def choose(problem: Problem, target: Target, only: str | None = None, *, portabl
         raise NoKernel(f"no kernel can compute this attention on {target} ({reasons})")
     best = candidates[min(able)[1]].name
     tie = TIE if problem.source == "written" else TIE_OF_CALLS
-    return Choice(best, (*candidates, Candidate(UNFUSED, unfused(problem))), tie)
+    return Choice(best, (*candidates, Candidate(UNFUSED, _unfused(problem, target))), tie)
+
+
+def _unfused(problem: Problem, target: Target) -> float:
+    return cost.unfused(problem) if target.kind == "cpu" else gpu_cost.unfused(problem, target)
 
 
 def _candidate(each: Kernel, problem: Problem, target: Target, *, portable: bool) -> Candidate:

@@ -6,11 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from attnfuse.form import Causal, Window, form_of, masked_by
+from attnfuse.form import ABSORBING, Causal, Window, form_of, masked_by
 from attnfuse.score import Apply, Capture, Const, Expr, Symbol, walk
 from attnfuse.spec import AttentionSpec
 
-__all__ = ["Band", "band_of", "rows_kept"]
+__all__ = ["FILL", "MARGIN", "Band", "band_of", "masking_band", "masking_fill", "rows_kept", "skips_surely"]
+
+#: A fill at or below this masks; a higher one is taken for a score.
+FILL = -1e4
+#: ``exp(-MARGIN)`` is zero, in float64 too.
+MARGIN = 1000.0
 
 _ARITHMETIC: dict[str, Callable[..., int]] = {
     "add": lambda a, b: a + b,
@@ -64,6 +69,33 @@ def band_of(spec: AttentionSpec, symbols: tuple[int, ...] = ()) -> Band:
     right = [offset for edge, offset in edges if edge is Causal and offset is not None]
     exact = len(left) + len(right) == len(mask.keep)
     return Band(max(left, default=None), min(right, default=None), exact)
+
+
+def masking_fill(spec: AttentionSpec) -> float | None:
+    """The logit of a masked key, where the key may be left out for it; None where nothing is masked so."""
+    mask = masked_by(spec)
+    return mask.fill if mask is not None and (mask.fill <= FILL or spec.normaliser == "none") else None
+
+
+def masking_band(spec: AttentionSpec, symbols: tuple[int, ...] = ()) -> Band:
+    """The band of a mask behind which keys have weight zero, in rows that keep a key; open where there is none."""
+    return Band(exact=False) if masking_fill(spec) is None else band_of(spec, symbols)
+
+
+def skips_surely(
+    spec: AttentionSpec, rows: int, keys: int, symbols: Sequence[int] = (), *, training: bool = False
+) -> bool:
+    """Whether leaving out keys outside of :func:`masking_band` is right even without looking at the logits.
+
+    A row that keeps no key is NaN, with or without the keys behind -inf, but their values' gradients
+    are NaN too, unless there is a sink or empty rows are zero. Behind a finite fill such a row weighs *all*
+    keys equally. Without a softmax a masked key weighs nothing whatever the others do.
+    """
+    fill = masking_fill(spec)
+    if fill is None or spec.normaliser == "none":
+        return True
+    harmless = spec.sink is not None or spec.empty_rows == "zero" or not training
+    return (fill == float("-inf") and harmless) or (fill <= ABSORBING and rows_kept(spec, rows, keys, symbols))
 
 
 def rows_kept(spec: AttentionSpec, rows: int, keys: int, symbols: Sequence[int] = ()) -> bool:

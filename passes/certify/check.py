@@ -180,7 +180,7 @@ def _observed(run: Callable[..., Tensor], values: Sequence[Tensor | int], needs:
         out = run(*(copy * 1 if isinstance(copy, Tensor) and copy.requires_grad else copy for copy in copies))
     if not leaves:
         return [out]
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).reshape(out.shape)
     return [out.detach(), *torch.autograd.grad(out, leaves, weights, materialize_grads=True)]
 
 

@@ -26,9 +26,9 @@ def draw(
     if not facts.is_tensor(node):
         return facts.hint_of(node)
     shape = facts.hint(node) if shape is None else shape
-    if is_mask and trial is _filled:
-        return _with_fills(shape, facts.dtype(node), generator)
-    return trial(shape, facts.dtype(node), generator)
+    made = _with_fills if is_mask and trial is _filled else trial
+    # drawn on the CPU: the same values on every device
+    return made(shape, facts.dtype(node), generator).to(facts.tensor(node).device)
 
 
 def nudged(value: Tensor | int, seed: int) -> Tensor | int:

@@ -10,22 +10,17 @@ import torch
 from torch import Tensor
 
 from attnfuse.dropout import kept
-from attnfuse.form import ABSORBING, masked_by
 from attnfuse.kernels.cpu.blocks import Block, Layout, Span, blocks
 from attnfuse.kernels.cpu.chain import Chain
-from attnfuse.kernels.rows import Band, band_of, rows_kept
+from attnfuse.kernels.rows import MARGIN, Band, masking_band, masking_fill, rows_kept, skips_surely
 from attnfuse.reference import Scope, compute_dtype, seed_of
 from attnfuse.score import Apply, Const, Expr, P, S, Score, rewrite, walk
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["Call"]
 
-#: A fill at or below this masks; a higher one is taken for a score.
-FILL = -1e4
 #: Float32 numbers of a vector register: rows of any other length take a tenth longer.
 VECTOR = 16
-#: ``exp(-MARGIN)`` is zero, in float64 too.
-MARGIN = 1000.0
 
 
 @dataclass(frozen=True)
@@ -91,8 +86,7 @@ class Call:
     @cached_property
     def fill(self) -> float | None:
         """The logit of a masked key, where that may be left out; None where nothing is masked so."""
-        mask = masked_by(self.spec)
-        return mask.fill if mask is not None and (mask.fill <= FILL or self.spec.normaliser == "none") else None
+        return masking_fill(self.spec)
 
     @cached_property
     def rows_kept(self) -> bool:
@@ -102,20 +96,13 @@ class Call:
     @cached_property
     def band(self) -> Band:
         """The band of the mask: keys outside have weight zero, in rows that keep a key."""
-        return Band(exact=False) if self.fill is None else band_of(self.spec, tuple(self.symbols))
+        return masking_band(self.spec, tuple(self.symbols))
 
     @cached_property
     def certain(self) -> bool:
-        """Whether leaving out keys outside of the band is right even without looking at the logits.
-
-        A row that keeps no key is NaN, with or without the keys behind -inf, but their values' gradients
-        are NaN too, unless there is a sink or empty rows are zero. Behind a finite fill such a row weighs *all*
-        keys equally. Without a softmax a masked key weighs nothing whatever the others do.
-        """
-        if self.fill is None or self.spec.normaliser == "none":
-            return True
-        harmless = self.spec.sink is not None or self.spec.empty_rows == "zero" or not self.training
-        return (self.fill == float("-inf") and harmless) or (self.fill <= ABSORBING and self.rows_kept)
+        """Whether leaving out keys outside of the band is right even without looking at the logits."""
+        rows, keys = self.layout.rows, self.layout.keys
+        return skips_surely(self.spec, rows, keys, self.symbols, training=self.training)
 
     @property
     def proven_band(self) -> Band:

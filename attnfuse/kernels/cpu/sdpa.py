@@ -29,7 +29,7 @@ from attnfuse.score import Const, Expr, P, apply, text
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
-__all__ = ["Sdpa"]
+__all__ = ["Sdpa", "four_d", "is_causal", "scale_of", "summed"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TOP_LEFT = Band(left=None, right=0)
@@ -48,7 +48,11 @@ class Sdpa(Kernel):
 
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
         """What SDPA cannot say, or says with another meaning."""
-        return (*_cannot_say(problem.spec), *_means_otherwise(problem), *_slow_path(problem))
+        return (*_cannot_say(problem.spec), *_means_otherwise(problem), *self.slow_path(problem))
+
+    def slow_path(self, problem: Problem) -> tuple[str, ...]:
+        """Where ATen falls back to the written-out program."""
+        return _slow_path(problem)
 
     def cost(self, problem: Problem, target: Target) -> float:
         """See :mod:`attnfuse.kernels.cost`."""
@@ -67,16 +71,16 @@ class Sdpa(Kernel):
         if 0 in (*query.shape, *key.shape, *value.shape):
             return attention(spec, query, key, value, captures, symbols)[0]
         form = _form(spec)
-        causal = _is_causal(spec)
+        causal = is_causal(spec)
         mask = None if causal else _mask(form, query, key, captures, symbols)
         batch = query.shape[:-3]
         out = F.scaled_dot_product_attention(
-            _four_d(query, batch),
-            _four_d(key, batch),
-            _four_d(value, batch),
-            attn_mask=None if mask is None else _four_d(mask, batch),
+            four_d(query, batch),
+            four_d(key, batch),
+            four_d(value, batch),
+            attn_mask=None if mask is None else four_d(mask, batch),
             is_causal=causal,
-            scale=_scale(spec),
+            scale=scale_of(spec),
             enable_gqa=query.shape[-3] != key.shape[-3],
         )
         out = out.view(*batch, *out.shape[-3:])
@@ -121,13 +125,13 @@ class Sdpa(Kernel):
         if residual.lse is None or query.dtype == torch.float64:  # our lse is float32
             out, lse = _flash(spec, query, key, value)
         else:
-            out, lse = _four_d(residual.out, batch), residual.lse.reshape(-1, *residual.lse.shape[-2:])
+            out, lse = four_d(residual.out, batch), residual.lse.reshape(-1, *residual.lse.shape[-2:])
         operands = [_for_flash(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
         grads = _flash_backward(
-            _for_flash(grad_out, batch), *operands, out, lse, 0.0, _is_causal(spec), scale=_scale(spec)
+            _for_flash(grad_out, batch), *operands, out, lse, 0.0, is_causal(spec), scale=scale_of(spec)
         )
         wanted = zip(grads, (query, key, value), needs[:3], strict=True)
-        found = [_summed(grad, x, batch) if need else None for grad, x, need in wanted]
+        found = [summed(grad, x, batch) if need else None for grad, x, need in wanted]
         return (*found, *(None for _ in captures))
 
 
@@ -139,7 +143,7 @@ def _flash(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> tu
     """ATen's own ``out [B, H, M, D]`` and ``lse [B, H, M]``, which SDPA keeps to itself."""
     batch, heads = query.shape[:-3], query.shape[-3]
     operands = [_for_flash(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
-    out, lse = _flash_forward(*operands, 0.0, _is_causal(spec), scale=_scale(spec))
+    out, lse = _flash_forward(*operands, 0.0, is_causal(spec), scale=scale_of(spec))
     return out, lse
 
 
@@ -161,7 +165,7 @@ def _cannot_say(spec: AttentionSpec) -> tuple[str, ...]:
 def _means_otherwise(problem: Problem) -> tuple[str, ...]:
     spec = problem.spec
     form = form_of(spec.score)
-    if form is None or not form.keep or (_is_causal(spec) and not form.bias):
+    if form is None or not form.keep or (is_causal(spec) and not form.bias):
         return ()
     if problem.numerics == "fast":
         return ()
@@ -192,7 +196,8 @@ def _is_number(scale: Expr) -> bool:
     return isinstance(scale, Const) and scale.value > 0
 
 
-def _scale(spec: AttentionSpec) -> float:
+def scale_of(spec: AttentionSpec) -> float:
+    """The factor on the scores, a number."""
     form = _form(spec)
     if not isinstance(form.scale, Const):
         raise BadProgram(f"sdpa was asked for a scale it refuses: {text(form.scale)}")
@@ -202,10 +207,10 @@ def _scale(spec: AttentionSpec) -> float:
 def _mask_of(spec: AttentionSpec) -> bool:
     """Whether SDPA is given a mask as a tensor."""
     form = _form(spec)
-    return bool(form.bias or form.keep) and not _is_causal(spec)
+    return bool(form.bias or form.keep) and not is_causal(spec)
 
 
-def _is_causal(spec: AttentionSpec) -> bool:
+def is_causal(spec: AttentionSpec) -> bool:
     """Whether the mask is ``n <= m`` and nothing else: every row keeps key 0, so its fill is never seen."""
     form = form_of(spec.score)
     band = band_of(spec)
@@ -224,7 +229,7 @@ def _mask(form: Form, query: Tensor, key: Tensor, captures: Sequence[Tensor], sy
     return found
 
 
-def _four_d(tensor: Tensor, batch: Sequence[int]) -> Tensor:
+def four_d(tensor: Tensor, batch: Sequence[int]) -> Tensor:
     """``[*B, H, M, D]`` with exactly one batch dimension."""
     if tensor.shape[:-3] != tuple(batch):
         tensor = tensor.expand(*batch, *tensor.shape[-3:])
@@ -232,12 +237,12 @@ def _four_d(tensor: Tensor, batch: Sequence[int]) -> Tensor:
 
 
 def _for_flash(tensor: Tensor, batch: Sequence[int]) -> Tensor:
-    """As :func:`_four_d`, the last dimension contiguous, which ATen's kernel takes for granted when called directly."""
-    found = _four_d(tensor, batch)
+    """As :func:`four_d`, the last dimension contiguous, which ATen's kernel takes for granted when called directly."""
+    found = four_d(tensor, batch)
     return found if found.stride(-1) == 1 else found.contiguous()
 
 
-def _summed(grad: Tensor, operand: Tensor, batch: Sequence[int]) -> Tensor:
+def summed(grad: Tensor, operand: Tensor, batch: Sequence[int]) -> Tensor:
     """The gradient of repeated heads and expanded batches, in the operand's shape."""
     heads = operand.shape[-3]
     grad = grad.view(*batch, *grad.shape[-3:])

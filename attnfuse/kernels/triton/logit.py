@@ -44,10 +44,10 @@ class Logit:
 
 
 @lru_cache(maxsize=1024)
-def logit_of(spec: AttentionSpec) -> Logit:
-    """The score program of a spec, taken apart."""
+def logit_of(spec: AttentionSpec, *, careful: bool = False) -> Logit:
+    """The score program of a spec, taken apart; ``careful`` where a row may be filled throughout, and huge so."""
     masked, core = (rewrite(program, _one_constant) for program in (spec.score, _inside(spec)))
-    if _may_be_huge(spec):
+    if careful or _may_be_huge(spec):
         return Logit(1.0, masked, core, huge=True)
     # a mask is outermost and its fill no factor, so the program without its mask scales alike
     (factor, masked), (_, core) = (_factored(each, spec.captures) for each in (masked, core))

@@ -1,0 +1,144 @@
+"""What attention costs on a GPU: seconds of our kernels, of cuDNN's, and of the unfused graph under Inductor.
+
+The model is a roofline: operations over the rate that the matrix units reach in that kernel, or bytes over the
+memory's bandwidth, whichever takes longer, and a launch. Peaks are the vendors'; the shares of them that kernels
+reach were measured on an H200 with torch 2.11 (8192 or 4096 keys, heads of 64, 128 and 256) and are taken for all
+targets: what is decided is which of two is faster on one device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from attnfuse.form import form_of
+from attnfuse.kernels.problem import Problem
+from attnfuse.kernels.rows import Band, masking_band
+from attnfuse.score import Apply, P, walk
+from attnfuse.target import Target
+
+__all__ = ["Device", "cudnn", "device_of", "reached", "triton", "unfused"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks: dense products of half types and of TF32 or its like, operations a second; bytes a second of memory."""
+
+    half: float
+    tf32: float
+    bandwidth: float
+    processors: int
+
+
+_DEVICES = {
+    "cuda:sm80": Device(312e12, 156e12, 1.9e12, 108),
+    "cuda:sm90": Device(990e12, 495e12, 4.3e12, 132),
+    "cuda:sm100": Device(2250e12, 1100e12, 7.5e12, 148),
+    "rocm:gfx942": Device(1300e12, 650e12, 5.0e12, 304),
+    "rocm:gfx950": Device(2500e12, 1250e12, 7.5e12, 256),
+    "xpu:pvc": Device(800e12, 400e12, 3.0e12, 128),
+}
+_BY_KIND = {"cuda": "cuda:sm90", "rocm": "rocm:gfx942", "xpu": "xpu:pvc"}
+
+#: Shares of the peak that the two products reach, by head size at most: cuDNN's forward, our Triton forward.
+_CUDNN = ((64, 0.45), (128, 0.61), (512, 0.66))
+_TRITON = ((64, 0.37), (128, 0.48), (256, 0.38), (512, 0.12))
+#: Backward: operations are 2.5 times the forward's, at this share of the forward's rate.
+_CUDNN_BACKWARD, _TRITON_BACKWARD = 0.87, 0.55
+#: The share of the peak that batched products reach.
+_PRODUCTS = 0.65
+#: Seconds of a launch, of our operator written in Python, of a graph's launches.
+_LAUNCH, _OP, _UNFUSED_LAUNCHES = 5e-6, 10e-6, 15e-6
+#: How often Inductor moves the scores: written, read for the maximum and the sum, written as weights, read.
+_PASSES, _PASSES_TRAINING, _PASSES_EAGER = 5.0, 13.0, 20.0
+#: Seconds of a tanh, as operations of the matrix units.
+_TANH = 60.0
+
+
+def device_of(target: Target) -> Device:
+    """The peaks of a target; those of its vendor's most common one where it is not known."""
+    return _DEVICES.get(str(target)) or _DEVICES[_BY_KIND[target.kind]]
+
+
+def reached(band: Band, rows: int, keys: int, tile: int = 128) -> float:
+    """The share of scores in tiles of rows that the mask's band does not skip."""
+    if band.open or not rows * keys:
+        return 1.0
+    spans = ((first, band.reach(first, min(first + tile, rows), keys)) for first in range(0, rows, tile))
+    return sum((stop - start) * (min(first + tile, rows) - first) for first, (start, stop) in spans) / (rows * keys)
+
+
+def triton(problem: Problem, target: Target) -> float:
+    """Seconds of :mod:`attnfuse.kernels.triton`."""
+    share = _share(_TRITON, problem)
+    share *= 1.0 if not _captured_bytes(problem) else 0.7
+    work = problem.flops + _TANH * problem.scores * _count(problem, "tanh")
+    return _fused(problem, target, work, share, _TRITON_BACKWARD)
+
+
+def cudnn(problem: Problem, target: Target) -> float:
+    """Seconds of cuDNN's attention."""
+    return _fused(problem, target, problem.flops, _share(_CUDNN, problem), _CUDNN_BACKWARD)
+
+
+def _fused(problem: Problem, target: Target, work: float, share: float, backward: float) -> float:
+    device = device_of(target)
+    band = masking_band(problem.spec, problem.symbols)
+    # too few tiles of rows do not fill the processors
+    programs = problem.heads * math.ceil(problem.rows / 128)
+    filled = min(1.0, programs / device.processors)
+    seconds = work * reached(band, problem.rows, problem.keys) / (_peak(problem, device) * share * filled)
+    forward = max(seconds, _bytes(problem) / device.bandwidth)
+    step = 1.0 + 2.5 / backward if problem.training else 1.0
+    return step * forward + _LAUNCH + _OP
+
+
+def unfused(problem: Problem, target: Target) -> float:
+    """Seconds of the graph as written, compiled by Inductor unless the problem says that nothing compiles it.
+
+    A softmax of scaled scores without a mask Inductor turns into SDPA by itself.
+    """
+    if problem.compiled and _plain(problem):
+        return cudnn(problem, target) + _UNFUSED_LAUNCHES - _OP
+    device = device_of(target)
+    products = problem.flops / (_peak(problem, device) * _PRODUCTS)
+    passes = _PASSES_EAGER if not problem.compiled else _PASSES
+    passes += _PASSES_TRAINING if problem.training else 0.0
+    moved = passes * problem.scores * problem.query.dtype.itemsize + _bytes(problem)
+    step = 3.0 if problem.training else 1.0
+    return step * products + moved / device.bandwidth + _UNFUSED_LAUNCHES
+
+
+def _share(table: tuple[tuple[int, float], ...], problem: Problem) -> float:
+    width = max(problem.query.shape[-1], problem.value.shape[-1])
+    return next((share for widest, share in table if width <= widest), table[-1][1])
+
+
+def _peak(problem: Problem, device: Device) -> float:
+    return device.half if problem.query.dtype in (torch.float16, torch.bfloat16) else device.tf32
+
+
+def _plain(problem: Problem) -> bool:
+    form, spec = form_of(problem.spec.score), problem.spec
+    bare = form is not None and form.softcap is None and not form.bias and not form.keep
+    return bare and spec.sink is None and spec.weight == P and not spec.dropout
+
+
+def _count(problem: Problem, op: str) -> int:
+    return sum(isinstance(part, Apply) and part.op == op for part in walk(problem.spec.score))
+
+
+def _bytes(problem: Problem) -> int:
+    operands = (problem.query, problem.key, problem.value)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in operands) + _captured_bytes(problem)
+
+
+def _captured_bytes(problem: Problem) -> int:
+    """Bytes of the captures that are read score by score, once for each of the heads that share them."""
+    return sum(
+        math.prod(x.shape) * x.dtype.itemsize
+        for x, captured in zip(problem.captures, problem.spec.captures, strict=False)
+        if {"m", "n"} <= set(captured.axes)
+    )

@@ -1,0 +1,140 @@
+"""cuDNN's attention, through ATen: the fastest there is on Hopper for plain and causal attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attnfuse.form import form_of
+from attnfuse.kernels.cpu.sdpa import Sdpa, four_d, is_causal, scale_of, summed
+from attnfuse.kernels.gpu import cost
+from attnfuse.kernels.kernel import Residual
+from attnfuse.kernels.problem import Problem
+from attnfuse.kernels.registry import kernel
+from attnfuse.kernels.rows import band_of
+from attnfuse.reference import attention
+from attnfuse.spec import AttentionSpec
+from attnfuse.target import Target
+
+__all__ = ["Cudnn"]
+
+ARCHITECTURES = ("", "sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120")
+WIDEST = 128
+
+
+@kernel
+class Cudnn(Sdpa):
+    """One call of cuDNN's fused attention, forward and backward, of half types."""
+
+    name: ClassVar[str] = "cudnn"
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    portable: ClassVar[bool] = False
+
+    def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
+        """What SDPA cannot say, and what cuDNN does not compute."""
+        return (*super().refuses(problem, target), *_unsupported(problem))
+
+    def slow_path(self, problem: Problem) -> tuple[str, ...]:
+        """Nothing: what cuDNN cannot do, it cannot do at all."""
+        return ()
+
+    def cost(self, problem: Problem, target: Target) -> float:
+        """See :mod:`attnfuse.kernels.gpu.cost`."""
+        return cost.cudnn(problem, target)
+
+    def run(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> Tensor:
+        """``out``."""
+        if 0 in (*query.shape, *key.shape, *value.shape):
+            return attention(spec, query, key, value, captures, symbols)[0]
+        return _forward(spec, query, key, value, with_lse=False)[0]
+
+    def run_with_lse(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """``out`` and ``lse``."""
+        if 0 in (*query.shape, *key.shape, *value.shape):
+            return attention(spec, query, key, value, captures, symbols)
+        return _forward(spec, query, key, value, with_lse=True)
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+        needs: Sequence[bool],
+        residual: Residual,
+    ) -> tuple[Tensor | None, ...]:
+        """The backward of cuDNN, of the lse that the forward kept."""
+        batch = query.shape[:-3]
+        if 0 in (*query.shape, *key.shape, *value.shape):
+            return tuple(
+                torch.zeros_like(x) if need else None for x, need in zip((query, key, value), needs, strict=True)
+            )
+        out, lse = residual.out, residual.lse
+        if lse is None:
+            out, lse = _forward(spec, query, key, value, with_lse=True)
+        operands = [_dense(four_d(x, batch)) for x in (grad_out, query, key, value, out)]
+        nothing = torch.zeros((), dtype=torch.int64, device=query.device)
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *operands, lse.reshape(*operands[1].shape[:3], 1), nothing, nothing, None, None, None,
+            query.shape[-2], key.shape[-2], 0.0, is_causal(spec), scale=scale_of(spec),
+        )  # fmt: skip
+        wanted = zip(grads, (query, key, value), needs[:3], strict=True)
+        return tuple(summed(grad, x, batch) if need else None for grad, x, need in wanted)
+
+
+def _unsupported(problem: Problem) -> tuple[str, ...]:
+    spec = problem.spec
+    form, band = form_of(spec.score), band_of(spec)
+    plain = form is not None and not form.bias and (not form.keep or is_causal(spec))
+    dtypes = {x.dtype for x in (problem.query, problem.key, problem.value)}
+    widths = (problem.query.shape[-1], problem.value.shape[-1])
+    reasons = [
+        (not plain and band is not None, "cuDNN is called for plain and top-left causal attention only"),
+        (spec.dropout > 0, "cuDNN's dropout draws a random stream of its own"),
+        (len(dtypes) > 1 or not dtypes <= {torch.float16, torch.bfloat16}, "cuDNN needs operands of one half type"),
+        (
+            max(widths) > WIDEST or any(width % 8 for width in widths),
+            f"cuDNN needs heads of {WIDEST} at most, in eights",
+        ),
+        (widths[0] != widths[1], "cuDNN is called for value as wide as query"),
+    ]
+    return tuple(reason for holds, reason in reasons if holds)
+
+
+def _forward(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, *, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    batch = query.shape[:-3]
+    operands = [_dense(four_d(x, batch)) for x in (query, key, value)]
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *operands, None, with_lse, 0.0, is_causal(spec), False, scale=scale_of(spec)
+    )
+    out = out.view(*batch, *out.shape[-3:])
+    return out, lse.reshape(query.shape[:-1]) if with_lse else lse
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """As cuDNN wants it: the last dimension contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

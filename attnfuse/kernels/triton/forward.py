@@ -1,0 +1,324 @@
+"""The forward: a program keeps a tile of query rows and walks the keys with an online softmax (FlashAttention-2).
+
+Dao 2023, arXiv 2307.08691. Keys outside of the mask's band are not visited, those inside run without the band's
+mask, only the tiles on its edges run with it. The maximum is kept of ``u`` where the logit is ``factor * u``; what
+the exponentials are raised to is one multiply-add. Rows are normalised by their sum, so a row that keeps no key
+is NaN, as in the written-out program, unless a sink gives it weight.
+
+Operands come with the strides they have. Query and out are ``[b0, b1, h, m, d]`` with ``q_at`` and ``o_at`` their
+strides, key and value ``[b0, b1, hk, n, d]``; where loads are by descriptor ``key`` and ``value`` are descriptors
+of that shape, whose tiles are zero beyond the edges. ``scope`` is what programs read,
+``(captures, strides, symbols)``; ``sizes`` are ``(b1, heads, rows, keys, work)``, ``band`` the
+offsets ``(left, right)`` of :class:`attnfuse.kernels.rows.Band`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["forward"]
+
+LN2 = tl.constexpr(0.6931471805599453)
+#: SplitMix64, as in :mod:`attnfuse.dropout`.
+GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
+FIRST = tl.constexpr(0xBF58476D1CE4E5B9 - 2**64)
+SECOND = tl.constexpr(0x94D049BB133111EB - 2**64)
+LOW34, LOW37, LOW33 = tl.constexpr(2**34 - 1), tl.constexpr(2**37 - 1), tl.constexpr(2**33 - 1)
+
+
+@triton.jit
+def mixed(x):
+    """SplitMix64's mixer."""
+    x = (x ^ ((x >> 30) & LOW34)) * FIRST
+    x = (x ^ ((x >> 27) & LOW37)) * SECOND
+    return x ^ ((x >> 31) & LOW33)
+
+
+@triton.jit
+def row_bits(seed, b, h, m, PLAN: tl.constexpr):
+    """The part of dropout's bits that keys share."""
+    bits = seed
+    if PLAN.batch > 0:
+        bits = mixed(bits + GOLDEN * (b[0] + 1))
+    if PLAN.batch > 1:
+        bits = mixed(bits + GOLDEN * (b[1] + 1))
+    bits = mixed(bits + GOLDEN * (h + 1))
+    return mixed(bits + GOLDEN * (m.to(tl.int64) + 1))
+
+
+@triton.jit
+def kept(bits, n, PLAN: tl.constexpr):
+    """Which weights dropout keeps."""
+    both = (bits ^ mixed(GOLDEN * (n.to(tl.int64) + 1))) * FIRST
+    both = ((both ^ (both >> 29)) >> 32) & 0x7FFFFFFF
+    return both >= PLAN.dropped_below
+
+
+@triton.jit
+def load_keys(
+    source, at, where, first, keys, WIDTH: tl.constexpr, PADDED: tl.constexpr, EDGE: tl.constexpr, PLAN: tl.constexpr
+):
+    """A tile of key or value, ``[PLAN.keys, PADDED]``."""
+    if PLAN.descriptors:
+        if PLAN.batch > 1:
+            tile = source.load([where[0], where[1], where[2], first, 0]).reshape(PLAN.keys, PADDED)
+        else:
+            tile = source.load([where[0], where[2], first, 0]).reshape(PLAN.keys, PADDED)
+    else:
+        n, d = tl.arange(0, PLAN.keys), tl.arange(0, PADDED)
+        base = source + tl.cast(first, tl.int64) * at[3]
+        pointers = base + (n * at[3])[:, None] + (d * at[4])[None, :]
+        if EDGE:
+            inside = (n[:, None] < keys - first) & (d[None, :] < WIDTH)
+            tile = tl.load(pointers, mask=inside, other=0.0)
+        elif PADDED != WIDTH:
+            tile = tl.load(pointers, mask=d[None, :] < WIDTH, other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def load_value(source, at, where, first, keys, EDGE: tl.constexpr, PLAN: tl.constexpr):
+    """A tile of value, ``[PLAN.keys, PLAN.value_padded]``, also where it lies transposed."""
+    if PLAN.descriptors and PLAN.value_minor == "n":
+        if PLAN.batch > 1:
+            tile = source.load([where[0], where[1], where[2], 0, first]).reshape(PLAN.value_padded, PLAN.keys).trans()
+        else:
+            tile = source.load([where[0], where[2], 0, first]).reshape(PLAN.value_padded, PLAN.keys).trans()
+    else:
+        tile = load_keys(source, at, where, first, keys, PLAN.value_width, PLAN.value_padded, EDGE, PLAN)
+    return tile
+
+
+@triton.jit
+def logits(q, k, b, h, m, first, keys, scope, CORE: tl.constexpr, PLAN: tl.constexpr):
+    """``u`` of a tile, float32 ``[PLAN.rows, PLAN.keys]``; -inf beyond the last key."""
+    s = tl.dot(q, k.trans(), input_precision=PLAN.precision)
+    return programmed(s, b, h, m, first, keys, scope, CORE, PLAN)
+
+
+@triton.jit
+def programmed(s, b, h, m, first, keys, scope, CORE: tl.constexpr, PLAN: tl.constexpr):
+    """The score program on a tile of raw scores."""
+    n = (first + tl.arange(0, PLAN.keys))[None, :]
+    if CORE:
+        u = PLAN.core(s, s, b, h, m, n, *scope)
+    elif PLAN.even:
+        u = PLAN.masked(s, s, b, h, m, n, *scope)
+    else:
+        u = PLAN.masked(s, s, b, h, m, tl.minimum(n, keys - 1), *scope)
+        u = tl.where(n < keys, u, -float("inf"))
+    return tl.broadcast_to(u, s.shape)
+
+
+@triton.jit
+def powers(u, top, PLAN: tl.constexpr):
+    """``2 ** (exponent * (u - top))``; by a single multiply-add where no product overflows."""
+    if PLAN.huge:
+        return tl.exp2((u - top) * PLAN.exponent)
+    return tl.exp2(u * PLAN.exponent - top * PLAN.exponent)
+
+
+@triton.jit
+def softmax_step(u, top, total, PLAN: tl.constexpr):
+    """Weights of a tile relative to the new maximum, what earlier sums shrink by, and the new maximum and sum."""
+    highest = tl.maximum(top, tl.max(u, 1))
+    # a row of nothing but -inf so far has no maximum to subtract
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    weight = powers(u, base[:, None], PLAN)
+    shrink = powers(top, base, PLAN)
+    return weight, shrink, highest, total * shrink + tl.sum(weight, 1)
+
+
+@triton.jit
+def dropped(weight, bits, first, PLAN: tl.constexpr):
+    """Weights after dropout; those that stay are scaled when the row is normalised."""
+    if PLAN.dropout > 0.0:
+        n = (first + tl.arange(0, PLAN.keys))[None, :]
+        weight = tl.where(kept(bits, n, PLAN), weight, weight * 0.0)
+    return weight
+
+
+@triton.jit
+def walk(
+    acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits, first, last, keys, scope,
+    CORE: tl.constexpr, PLAN: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys ``first..last-1`` to the sums of a tile of rows."""
+    for n0 in tl.range(first, last, PLAN.keys, num_stages=PLAN.stages):
+        k = load_keys(key, k_at, where, n0, keys, PLAN.width, PLAN.padded, not CORE and not PLAN.even, PLAN)
+        u = logits(q, k, b, h, m, n0, keys, scope, CORE, PLAN)
+        weight, shrink, top, total = softmax_step(u, top, total, PLAN)
+        acc = acc * shrink[:, None]
+        v = load_value(value, v_at, where, n0, keys, not CORE and not PLAN.even, PLAN)
+        weight = dropped(weight, bits, n0, PLAN).to(v.dtype)
+        acc = tl.dot(weight, v, acc, input_precision=PLAN.precision)
+    return acc, top, total
+
+
+@triton.jit
+def walk_ahead(
+    acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits, first, last, keys, scope,
+    PLAN: tl.constexpr,
+):  # fmt: skip
+    """:func:`walk` inside the band, the next product of query and key started before this tile's softmax."""
+    if first < last:
+        k = load_keys(key, k_at, where, first, keys, PLAN.width, PLAN.padded, False, PLAN)
+        s = tl.dot(q, k.trans(), input_precision=PLAN.precision)
+        for n0 in tl.range(first, last, PLAN.keys, num_stages=PLAN.stages):
+            # the last tile is multiplied once more, for nothing
+            n1 = tl.minimum(n0 + PLAN.keys, last - PLAN.keys)
+            k = load_keys(key, k_at, where, n1, keys, PLAN.width, PLAN.padded, False, PLAN)
+            ahead = tl.dot(q, k.trans(), input_precision=PLAN.precision)
+            u = programmed(s, b, h, m, n0, keys, scope, True, PLAN)
+            weight, shrink, top, total = softmax_step(u, top, total, PLAN)
+            acc = acc * shrink[:, None]
+            v = load_value(value, v_at, where, n0, keys, False, PLAN)
+            weight = dropped(weight, bits, n0, PLAN).to(v.dtype)
+            acc = tl.dot(weight, v, acc, input_precision=PLAN.precision)
+            s = ahead
+    return acc, top, total
+
+
+@triton.jit
+def walk_behind(
+    acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits, first, last, keys, scope,
+    PLAN: tl.constexpr,
+):  # fmt: skip
+    """:func:`walk` inside the band, weights multiplied with value one tile late."""
+    if first < last:
+        v = load_value(value, v_at, where, first, keys, False, PLAN)
+        late = tl.full([PLAN.rows, PLAN.keys], 0.0, v.dtype)
+        for n0 in tl.range(first, last, PLAN.keys, num_stages=PLAN.stages):
+            k = load_keys(key, k_at, where, n0, keys, PLAN.width, PLAN.padded, False, PLAN)
+            s = tl.dot(q, k.trans(), input_precision=PLAN.precision)
+            v = load_value(value, v_at, where, tl.maximum(n0 - PLAN.keys, first), keys, False, PLAN)
+            acc = tl.dot(late, v, acc, input_precision=PLAN.precision)
+            u = programmed(s, b, h, m, n0, keys, scope, True, PLAN)
+            weight, shrink, top, total = softmax_step(u, top, total, PLAN)
+            acc = acc * shrink[:, None]
+            late = dropped(weight, bits, n0, PLAN).to(v.dtype)
+        v = load_value(value, v_at, where, last - PLAN.keys, keys, False, PLAN)
+        acc = tl.dot(late, v, acc, input_precision=PLAN.precision)
+    return acc, top, total
+
+
+@triton.jit
+def spans(tile, rows, keys, band, PLAN: tl.constexpr):
+    """Where the keys of a tile of rows begin, where those that every row keeps begin and end, and where all end.
+
+    All but the last are whole tiles of keys.
+    """
+    group: tl.constexpr = PLAN.groups if PLAN.packed else 1
+    m_first = tile * PLAN.rows // group
+    m_last = tl.minimum((tile * PLAN.rows + PLAN.rows - 1) // group, rows - 1)
+    first, last = m_first * 0, m_first * 0 + keys
+    core_first, core_last = first, last
+    if PLAN.left:
+        first = tl.minimum(tl.maximum(m_first + band[0], 0), keys)
+        core_first = tl.minimum(tl.maximum(m_last + band[0], 0), keys)
+    if PLAN.right:
+        last = tl.minimum(tl.maximum(m_last + 1 + band[1], 0), keys)
+        core_last = tl.minimum(tl.maximum(m_first + 1 + band[1], 0), keys)
+    first = first // PLAN.keys * PLAN.keys
+    core_first = tl.minimum((core_first + PLAN.keys - 1) // PLAN.keys * PLAN.keys, tl.cdiv(last, PLAN.keys) * PLAN.keys)
+    core_first = tl.maximum(core_first, first)
+    core_last = tl.maximum(core_last // PLAN.keys * PLAN.keys, core_first)
+    return first, core_first, core_last, last
+
+
+@triton.jit
+def row_tile(
+    work, query, key, value, out, lse, scope, seed, q_at, k_at, v_at, o_at, sizes, band,
+    PLAN: tl.constexpr,
+):  # fmt: skip
+    """Computes one tile of rows of one head; of all heads that share a key head where they are packed."""
+    b1_size, heads, rows, keys, _ = sizes
+    group: tl.constexpr = PLAN.groups if PLAN.packed else 1
+    tiles = tl.cdiv(rows * group, PLAN.rows)
+    tile, head = work % tiles, work // tiles
+    if PLAN.order == "longest first":
+        tile = tiles - 1 - tile
+    in_batch = heads // group
+    outer = head // in_batch
+    b = ((outer // b1_size).to(tl.int64), (outer % b1_size).to(tl.int64))
+    hk = (head % in_batch) // (PLAN.groups // group)
+    where = ((outer // b1_size).to(tl.int32), (outer % b1_size).to(tl.int32), hk.to(tl.int32))
+
+    r, d, dv = tile * PLAN.rows + tl.arange(0, PLAN.rows), tl.arange(0, PLAN.padded), tl.arange(0, PLAN.value_padded)
+    inside = (r < rows * group)[:, None]
+    m = tl.minimum(r // group, rows - 1)[:, None]
+    if PLAN.packed:
+        h = (hk * group + r % group).to(tl.int64)[:, None]
+    else:
+        h = (head % in_batch).to(tl.int64)
+    q_rows = query + (b[0] * q_at[0] + b[1] * q_at[1] + h * q_at[2] + m.to(tl.int64) * q_at[3])
+    q = tl.load(q_rows + (d * q_at[4])[None, :], mask=inside & (d < PLAN.width)[None, :], other=0.0)
+    if not PLAN.descriptors:
+        key = key + (b[0] * k_at[0] + b[1] * k_at[1] + hk.to(tl.int64) * k_at[2])
+        value = value + (b[0] * v_at[0] + b[1] * v_at[1] + hk.to(tl.int64) * v_at[2])
+
+    acc = tl.full([PLAN.rows, PLAN.value_padded], 0.0, tl.float32)
+    top = tl.full([PLAN.rows], -float("inf"), tl.float32)
+    total = tl.full([PLAN.rows], 0.0, tl.float32)
+    if PLAN.sink is not None:
+        # a key like any other, of weight one relative to itself, without a value
+        u = PLAN.sink(m * 0.0, m * 0.0, b, h, m, m, *scope)
+        top = tl.reshape(tl.broadcast_to(u + m * 0.0, [PLAN.rows, 1]), [PLAN.rows])
+        total = tl.where(top == -float("inf"), 0.0, 1.0)
+    bits = m
+    if PLAN.dropout > 0.0:
+        bits = row_bits(tl.load(seed), b, h, m, PLAN)
+
+    first, core_first, core_last, last = spans(tile, rows, keys, band, PLAN)
+    if PLAN.left:
+        acc, top, total = walk(acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits,
+                               first, core_first, keys, scope, False, PLAN)  # fmt: skip
+    if PLAN.pipelining == "none":
+        acc, top, total = walk(acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits,
+                               core_first, core_last, keys, scope, True, PLAN)  # fmt: skip
+    elif PLAN.pipelining == "query-key ahead":
+        acc, top, total = walk_ahead(acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits,
+                                     core_first, core_last, keys, scope, PLAN)  # fmt: skip
+    else:
+        acc, top, total = walk_behind(acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits,
+                                      core_first, core_last, keys, scope, PLAN)  # fmt: skip
+    if PLAN.right or not PLAN.even:
+        acc, top, total = walk(acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits,
+                               core_last, last, keys, scope, False, PLAN)  # fmt: skip
+    if PLAN.rest:
+        # behind a finite fill a row that keeps nothing weighs every key
+        dead = tl.min(top, 0) <= PLAN.floor
+        acc, top, total = walk(acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits,
+                               0, tl.where(dead, first, 0), keys, scope, False, PLAN)  # fmt: skip
+        after = tl.maximum(tl.cdiv(last, PLAN.keys) * PLAN.keys, first)
+        acc, top, total = walk(acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits,
+                               after, tl.where(dead, keys, after), keys, scope, False, PLAN)  # fmt: skip
+
+    found = acc / total[:, None]
+    if PLAN.dropout > 0.0:
+        found = found * PLAN.kept_scale
+    o_rows = out + (b[0] * o_at[0] + b[1] * o_at[1] + h * o_at[2] + m.to(tl.int64) * o_at[3])
+    tl.store(
+        o_rows + (dv * o_at[4])[None, :], found.to(out.dtype.element_ty), mask=inside & (dv < PLAN.value_width)[None, :]
+    )
+    if PLAN.with_lse:
+        sums = tl.where(top == -float("inf"), top, top * PLAN.factor + tl.log2(total) * LN2)
+        tl.store(lse + ((b[0] * b1_size + b[1]) * heads + h) * rows + m, sums[:, None], mask=inside)
+
+
+@triton.jit
+def forward(
+    query, key, value, out, lse, scope, seed, q_at, k_at, v_at, o_at, sizes, band,
+    PLAN: tl.constexpr,
+):  # fmt: skip
+    """Writes ``out`` and, where it is asked for, ``lse [b0, b1, h, m]``, contiguous."""
+    if PLAN.order == "persistent":
+        for work in range(tl.program_id(0), sizes[4], tl.num_programs(0)):
+            row_tile(work, query, key, value, out, lse, scope, seed,
+                     q_at, k_at, v_at, o_at, sizes, band, PLAN)  # fmt: skip
+    else:
+        row_tile(tl.program_id(0), query, key, value, out, lse, scope, seed,
+                 q_at, k_at, v_at, o_at, sizes, band, PLAN)  # fmt: skip

@@ -1,0 +1,127 @@
+"""Ours for GPUs: any score program in Triton, on NVIDIA, AMD and Intel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attnfuse.kernels.gpu import cost
+from attnfuse.kernels.kernel import Kernel, Residual
+from attnfuse.kernels.problem import Problem
+from attnfuse.kernels.registry import kernel
+from attnfuse.kernels.triton.gradients import Gradients, differentiable
+from attnfuse.kernels.triton.launch import attend
+from attnfuse.kernels.triton.text import untranslatable
+from attnfuse.reference import attention
+from attnfuse.score import P
+from attnfuse.spec import AttentionSpec
+from attnfuse.target import Target
+
+__all__ = ["Triton"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAPTURED = ("float32", "bfloat16", "float16", "bool", "int64", "int32", "int16", "int8", "uint8")
+WIDEST, BATCHES = 512, 2
+
+
+@kernel
+class Triton(Kernel):
+    """Any score program: masks skip tiles, biases, softcaps, sinks and dropout are computed in the tile."""
+
+    name: ClassVar[str] = "triton"
+    devices: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "xpu")
+    gives_lse: ClassVar[bool] = True
+    saves_lse: ClassVar[bool] = True
+
+    def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
+        """What its body does not compute."""
+        return (*_programs(problem), *_operands(problem), *_installed())
+
+    def cost(self, problem: Problem, target: Target) -> float:
+        """See :mod:`attnfuse.kernels.gpu.cost`."""
+        return cost.triton(problem, target)
+
+    def run(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> Tensor:
+        """``out``, laid out as ``[*B, M, H, Dv]``."""
+        if 0 in (*query.shape, *key.shape, *value.shape):
+            return attention(spec, query, key, value, captures, symbols)[0]
+        return attend(spec, query, key, value, captures, symbols)[0]
+
+    def run_with_lse(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """``out`` and ``lse``."""
+        if 0 in (*query.shape, *key.shape, *value.shape):
+            return attention(spec, query, key, value, captures, symbols)
+        return attend(spec, query, key, value, captures, symbols, with_lse=True)
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+        needs: Sequence[bool],
+        residual: Residual,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients, from weights computed again tile by tile."""
+        operands = (query, key, value, *captures)
+        if 0 in (*query.shape, *key.shape, *value.shape):
+            return tuple(torch.zeros_like(x) if need else None for x, need in zip(operands, needs, strict=True))
+        if residual.lse is None:
+            out, lse = attend(spec, query, key, value, captures, symbols, with_lse=True)
+            residual = Residual(out, lse, residual.grad_lse)
+        return Gradients(spec, grad_out, query, key, value, captures, symbols, needs, residual).run()
+
+
+@lru_cache
+def _installed() -> tuple[str, ...]:
+    return () if find_spec("triton") is not None else ("Triton is not installed",)
+
+
+def _programs(problem: Problem) -> tuple[str, ...]:
+    spec = problem.spec
+    programs = (spec.score, *(() if spec.sink is None else (spec.sink,)))
+    reasons = [
+        (spec.weight != P, "has no weight program"),
+        (spec.batch > BATCHES, f"has {BATCHES} batch axes at most, not {spec.batch}"),
+    ]
+    texts = (*programs, *(differentiable(spec) if problem.training else ()))
+    return (
+        *(reason for holds, reason in reasons if holds),
+        *dict.fromkeys(reason for program in texts for reason in untranslatable(program)),
+    )
+
+
+def _operands(problem: Problem) -> tuple[str, ...]:
+    query, key, value = problem.query, problem.key, problem.value
+    dtypes = {x.dtype for x in (query, key, value)}
+    captured = {each.dtype for each in problem.spec.captures} - set(CAPTURED)
+    reasons = [
+        (len(dtypes) > 1 or not dtypes <= set(DTYPES), "needs operands of one dtype: float32, bfloat16 or float16"),
+        (max(query.shape[-1], value.shape[-1]) > WIDEST, f"has heads of {WIDEST} at most"),
+        (bool(captured), f"reads no captures of {', '.join(sorted(captured))}"),
+    ]
+    return tuple(reason for holds, reason in reasons if holds)

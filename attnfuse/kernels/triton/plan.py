@@ -1,0 +1,167 @@
+"""Everything about a launch that is constant while a kernel runs, as one value that bodies take as a ``constexpr``."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from attnfuse.kernels.schedule import Schedule
+from attnfuse.kernels.triton.text import function_text
+from attnfuse.score import Expr
+from attnfuse.spec import Captured
+
+__all__ = ["BackwardPlan", "Plan"]
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """Programs, tile sizes and which parts of a body there are. Bodies read its fields: ``PLAN.keys``.
+
+    ``width`` and ``value_width`` are the head sizes, ``padded`` and ``value_padded`` the powers of two they are
+    computed as. ``groups`` query heads share a key head; ``packed`` puts them into one tile of rows. ``left`` and
+    ``right`` say that the mask's band is closed on that side, ``rest`` that rows which keep no key must see the
+    keys outside of it too, where no logit is above ``floor``. ``even`` says that tiles divide the keys. ``wide``
+    are 64-bit offsets within a tile.
+    """
+
+    schedule: Schedule
+    captures: tuple[Captured, ...]
+    masked_program: Expr
+    core_program: Expr
+    sink_program: Expr | None
+    exponent: float
+    factor: float
+    huge: bool
+    batch: int
+    groups: int
+    packed: bool
+    width: int
+    value_width: int
+    padded: int
+    value_padded: int
+    value_minor: str
+    left: bool
+    right: bool
+    rest: bool
+    floor: float
+    even: bool
+    precision: str
+    dropout: float
+    with_lse: bool
+    fast: bool
+    wide: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return self.schedule.rows
+
+    @property
+    def keys(self) -> int:
+        """Keys of a tile."""
+        return self.schedule.keys
+
+    @property
+    def stages(self) -> int:
+        """How deep loads are pipelined."""
+        return self.schedule.stages
+
+    @property
+    def order(self) -> str:
+        """In which order tiles of rows are done."""
+        return self.schedule.order
+
+    @property
+    def descriptors(self) -> bool:
+        """Whether keys and values are loaded by descriptor."""
+        return self.schedule.loading == "descriptor"
+
+    @property
+    def dropped_below(self) -> int:
+        """Dropout drops a weight whose 31 bits are below."""
+        return round(self.dropout * 2**31)
+
+    @property
+    def kept_scale(self) -> float:
+        """What dropout multiplies the weights with that it keeps."""
+        return 1.0 / (1.0 - self.dropout) if self.dropout < 1.0 else 0.0
+
+    @property
+    def pipelining(self) -> str:
+        """What overlaps in the loop."""
+        return self.schedule.pipelining
+
+    @cached_property
+    def masked(self) -> Any:
+        """The program of any key."""
+        return self._function(self.masked_program)
+
+    @cached_property
+    def core(self) -> Any:
+        """The program of keys that the mask's band keeps."""
+        return self._function(self.core_program)
+
+    @cached_property
+    def sink(self) -> Any:
+        """The program of the sink, or None."""
+        return self._function(self.sink_program)
+
+    def _function(self, program: Expr | None) -> Any:
+        # Triton is there when a kernel is launched, not before
+        from attnfuse.kernels.triton.program import jit_function  # noqa: PLC0415
+
+        return jit_function(program, self.captures, fast=self.fast, wide=self.wide)
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of every field, a program counting as its text: how texts are written may change between versions."""
+        written = [(each.name, self._written(each.name)) for each in fields(self)]
+        return hashlib.sha256(repr(written).encode()).hexdigest()[:24]
+
+    def _written(self, name: str) -> object:
+        value = getattr(self, name)
+        if value is None or not name.endswith("_program"):
+            return value
+        return function_text(value, self.captures, fast=self.fast, wide=self.wide)
+
+    # Triton makes names of functions and of cache entries from a constant's text
+    def __repr__(self) -> str:
+        return f"plan_{self._digest}"
+
+    @property
+    def cache_key(self) -> str:
+        """What Triton's cache on disk knows the plan by."""
+        return self._digest
+
+
+@dataclass(frozen=True, repr=False)
+class BackwardPlan(Plan):
+    """A plan of a backward: the derivatives of the programs, and of one captured tensor.
+
+    ``uncertain`` says that a row may keep nothing behind a finite fill; ``reduce`` over what the gradient of the
+    captured tensor is summed within a program: ``heads``, ``keys`` or ``rows``.
+    """
+
+    masked_pulled_program: Expr
+    core_pulled_program: Expr
+    captured_program: Expr | None
+    even_rows: bool
+    uncertain: bool
+    reduce: str
+
+    @cached_property
+    def masked_pulled(self) -> Any:
+        """From the gradient of any key's ``u`` to that of its raw score."""
+        return self._function(self.masked_pulled_program)
+
+    @cached_property
+    def core_pulled(self) -> Any:
+        """The same of keys that the mask's band keeps."""
+        return self._function(self.core_pulled_program)
+
+    @cached_property
+    def captured(self) -> Any:
+        """From the gradient of a logit to that of the captured tensor."""
+        return self._function(self.captured_program)

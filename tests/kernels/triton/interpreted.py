@@ -1,0 +1,121 @@
+"""The bodies at small sizes, every feature, forward and backward, held to the numerics contract.
+
+``test_interpreter`` runs this file in a process of its own, where Triton interprets. Its interpreter computes
+bfloat16 wrongly, without saying so, so operands are float32 and float16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnfuse.kernels.kernel import Residual
+from attnfuse.kernels.schedule import Schedule
+from attnfuse.kernels.triton.gradients import Gradients
+from attnfuse.kernels.triton.launch import attend
+from attnfuse.reference import attention as reference
+from attnfuse.score import P
+from tests.kernels.cases import SPECS, Case, Sizes, assert_as_exact, case, exact, written_out
+
+TILE = Schedule(rows=16, keys=16)
+SMALL = Sizes((2,), 2, 1, 19, 37, 8, 8)
+FORWARD = {name: spec for name, spec in SPECS.items() if spec.weight == P}
+#: Each of these has a path of its own through the backward.
+BACKWARD = (
+    "causal", "causal, rows without keys", "causal, rows of equal weights", "window", "padding", "two biases", "alibi",
+    "softcap, causal", "sink", "sink, finite fill", "dropout",
+)  # fmt: skip
+
+
+def check(given: Case, schedule: Schedule = TILE) -> None:
+    out, lse = attend(given.spec, *given.operands[:3], given.captures, [], with_lse=True, schedule=schedule)
+    true, true_lse = reference(given.spec, *given.operands[:3], given.captures)
+    source = true if given.spec.dropout else written_out(given)
+    # sums are taken tile by tile, each rounding once more
+    assert_as_exact([out], [source], [exact(given)], 8.0)
+    torch.testing.assert_close(lse, true_lse, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_every_spec(name: str) -> None:
+    check(case(FORWARD[name], SMALL, torch.float32))
+
+
+SCHEDULES = {
+    "longest first": replace(TILE, order="longest first"),
+    "persistent": replace(TILE, order="persistent"),
+    "descriptors": replace(TILE, loading="descriptor"),
+    "query-key ahead": replace(TILE, pipelining="query-key ahead"),
+    "weight-value behind": replace(TILE, pipelining="weight-value behind"),
+    "wide tiles": Schedule(rows=16, keys=64),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule(schedule: str) -> None:
+    for name in ("causal", "window", "dropout"):
+        check(case(SPECS[name], replace(SMALL, batch=(1,)), torch.float32), SCHEDULES[schedule])
+
+
+SIZES = {
+    "half types": (Sizes((1,), 2, 2, 20, 40, 32, 32), torch.float16),
+    "a head size that is no power of two": (Sizes((1,), 1, 1, 9, 33, 40, 24), torch.float32),
+    "decoding packs heads": (Sizes((2,), 8, 2, 1, 35, 16, 16), torch.float32),
+    "few rows pack heads": (Sizes((1,), 6, 2, 3, 35, 16, 16), torch.float32),
+    "no batch": (Sizes((), 2, 2, 17, 17, 16, 16), torch.float32),
+    "two batches": (Sizes((2, 3), 1, 1, 9, 17, 16, 16), torch.float32),
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_sizes(sizes: str) -> None:
+    for name in ("causal", "alibi"):
+        check(case(SPECS[name], *SIZES[sizes]))
+
+
+def test_strides_are_taken_as_they_are() -> None:
+    given = case(SPECS["causal"], replace(SMALL, width=16, value_width=16, keys=40), torch.float32)
+    for loading in ("pointer", "descriptor"):
+        check(given.transposed(), replace(TILE, loading=loading))
+
+
+def test_a_broadcast_batch_of_keys() -> None:
+    given = case(SPECS["causal"], SMALL, torch.float32)
+    shared = replace(given, key=given.key[:1], value=given.value[:1])
+    for loading in ("pointer", "descriptor"):
+        check(shared, replace(TILE, loading=loading))
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_gradients(name: str) -> None:
+    given = case(SPECS[name], SMALL, torch.float32)
+    check_gradients(given, with_lse=name in ("causal", "sink, finite fill"))
+
+
+def check_gradients(given: Case, *, with_lse: bool = False) -> None:
+    generator = torch.Generator().manual_seed(1)
+    grad_out = torch.randn(*given.query.shape[:-1], given.value.shape[-1], generator=generator)
+    grad_lse = torch.randn(*given.query.shape[:-1], generator=generator) if with_lse else None
+    out, lse = attend(given.spec, *given.operands[:3], given.captures, [], with_lse=True, schedule=TILE)
+    needs = [x.is_floating_point() for x in given.operands]
+    residual = Residual(out, lse, grad_lse)
+    found = Gradients(
+        given.spec, grad_out, *given.operands[:3], given.captures, [], needs, residual, (TILE, TILE)
+    ).run()
+    source, truth = (differentiated(x, grad_out, grad_lse) for x in (given, given.to(torch.float64)))
+    # weights are exp(s - lse), whose relative error is that of the lse
+    roundings = 16.0 + lse.nan_to_num(neginf=0.0).clamp(-1e3, 1e3).abs().amax().item()
+    assert_as_exact([x for x in found if x is not None], source, truth, roundings)
+
+
+def differentiated(given: Case, grad_out: Tensor, grad_lse: Tensor | None) -> list[Tensor]:
+    leaves = given.leaves()
+    out, lse = reference(leaves.spec, *leaves.operands[:3], leaves.captures)
+    total = (out * grad_out.to(out.dtype)).sum()
+    total = total if grad_lse is None else total + (lse * grad_lse).sum()
+    floats = [x for x in leaves.operands if x.requires_grad]
+    found = torch.autograd.grad(total, floats, allow_unused=True)
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(floats, found, strict=True)]

@@ -1,0 +1,130 @@
+"""Compiles launches for devices that are not there: Triton's own launch path, stopped before it loads the binary."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from attnfuse.kernels.schedule import Schedule
+from attnfuse.kernels.triton.launch import prepare
+from attnfuse.spec import AttentionSpec
+from attnfuse.target import Target
+
+TARGETS = {
+    "cuda:sm80": GPUTarget("cuda", 80, 32),
+    "cuda:sm90": GPUTarget("cuda", 90, 32),
+    "cuda:sm100": GPUTarget("cuda", 100, 32),
+    "rocm:gfx942": GPUTarget("hip", "gfx942", 64),
+    "rocm:gfx950": GPUTarget("hip", "gfx950", 64),
+}
+
+
+class Absent:
+    """A driver of a device that is not there; each target is a device of its own to Triton's caches."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> int:
+        return 1000 + list(TARGETS).index(self.name)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def absent(name: str) -> Iterator[None]:
+    before = driver._active
+    driver._active = Absent(name)
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made: its texts by stage, and bytes of shared memory."""
+
+    asm: dict[str, Any]
+    shared: int
+
+    def count(self, stage: str, pattern: str) -> int:
+        return len(re.findall(pattern, self.asm[stage]))
+
+    def resources(self) -> dict[str, int]:
+        """Registers a thread and bytes it spills."""
+        if "amdgcn" in self.asm:
+            names = {"registers": r"\.vgpr_count:\s+(\d+)", "spills": r"\.vgpr_spill_count:\s+(\d+)"}
+            return {name: int(re.findall(pattern, self.asm["amdgcn"])[-1]) for name, pattern in names.items()}
+        return _ptxas(self.asm["ptx"])
+
+
+def _ptxas(ptx: str) -> dict[str, int]:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    (arch,) = re.findall(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    number = int(re.findall(r"\d+", arch)[0])
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(number).path, "-v", f"--gpu-name={arch}", str(source), "-o", str(Path(folder) / "cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    return {"registers": int(re.findall(r"Used (\d+) registers", said)[-1]), "spills": spills}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    batch: int = 2
+    heads: int = 8
+    kv_heads: int = 8
+    rows: int = 1024
+    keys: int = 1024
+    width: int = 128
+    value_width: int = 128
+
+
+def compiled(
+    target: str,
+    spec: AttentionSpec,
+    sizes: Sizes,
+    schedule: Schedule | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    with_lse: bool = False,
+) -> Compiled:
+    """The forward of ``spec`` for a target."""
+    from attnfuse.kernels.triton.forward import forward
+
+    def made(heads: int, length: int, width: int) -> torch.Tensor:
+        return torch.empty(sizes.batch, heads, length, width, dtype=dtype)
+
+    query = made(sizes.heads, sizes.rows, sizes.width)
+    key, value = made(sizes.kv_heads, sizes.keys, sizes.width), made(sizes.kv_heads, sizes.keys, sizes.value_width)
+    extent = dict(zip(spec.axes, (*query.shape[:-1], sizes.keys), strict=True))
+    captures = [
+        torch.empty([extent[axis] if axis in each.axes else 1 for axis in spec.axes], dtype=getattr(torch, each.dtype))
+        for each in spec.captures
+    ]
+    if spec.dropout:
+        captures.append(torch.zeros(1, dtype=torch.int64))
+    out = made(sizes.heads, sizes.rows, sizes.value_width)
+    lse = torch.empty(query.shape[:-1] if with_lse else (0,), dtype=torch.float32)
+    launch = prepare(spec, query, key, value, captures, (), out, lse, schedule, Target.parse(target))
+    with absent(target):
+        kernel = forward.warmup(*launch.arguments, grid=(1,), **launch.options)
+    return Compiled(kernel.asm, kernel.metadata.shared)

@@ -1,0 +1,127 @@
+"""On a GPU: each kernel is as exact against float64 as the written-out program there. Run by ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from attnfuse.kernels import lookup
+from attnfuse.op import attention
+from attnfuse.reference import attention as reference
+from attnfuse.target import Target
+from tests.kernels.cases import BATCHES, SIZES, SPECS, Case, Sizes, assert_as_exact, case, exact, written_out
+from tests.kernels.test_backward import assert_close_in_half, gradients
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+
+KERNELS = ("triton", "cudnn")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDTHS = {
+    f"heads of {width}, values of {value_width}": Sizes((1,), 4, 2, 261, 333, width, value_width)
+    for width, value_width in ((32, 32), (64, 64), (80, 80), (96, 40), (128, 128), (192, 128), (256, 256), (512, 512))
+}
+DECODE = {
+    "one row, grouped": Sizes((2,), 32, 4, 1, 1000, 128, 128),
+    "three rows, grouped": Sizes((2,), 12, 4, 3, 517, 64, 64),
+}
+
+
+def on_gpu(given: Case) -> Case:
+    moved = [x.to("cuda") for x in given.operands]
+    return Case(given.spec, *moved[:3], tuple(moved[3:]))
+
+
+def check(given: Case, kernel: str) -> None:
+    given = on_gpu(given)
+    if lookup(kernel).refuses(given.problem(), Target.of(given.query.device)):
+        return
+    out, lse = attention(given.query, given.key, given.value, given.captures, [], given.spec.to_text(), kernel, True)
+    true, true_lse = reference(given.spec, *given.operands[:3], given.captures)
+    source = true if given.spec.dropout else written_out(given)
+    assert_as_exact([out], [source], [exact(given)])
+    # the lse is float32, of products of the operands' type
+    torch.testing.assert_close(lse, true_lse, equal_nan=True, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", SPECS)
+def test_every_spec(name: str, kernel: str) -> None:
+    for dtype in DTYPES:
+        for sizes in ("odd", "grouped heads", "several blocks", "more rows than keys"):
+            check(case(SPECS[name], SIZES[sizes], dtype), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sizes", {**WIDTHS, **DECODE, **BATCHES})
+def test_every_size(sizes: str, kernel: str) -> None:
+    chosen = {**WIDTHS, **DECODE, **BATCHES}[sizes]
+    for dtype in (torch.bfloat16, torch.float32):
+        for name in ("scaled", "causal", "window", "alibi", "softcap, causal", "sink", "bias"):
+            check(case(SPECS[name], chosen, dtype), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_any_strides(kernel: str) -> None:
+    for dtype in DTYPES:
+        for name in ("scaled", "causal", "sink"):
+            check(case(SPECS[name], WIDTHS["heads of 64, values of 64"], dtype).transposed(), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", SPECS)
+def test_gradients(name: str, kernel: str) -> None:
+    for sizes in (SIZES["grouped heads"], SIZES["several blocks"], WIDTHS["heads of 64, values of 64"]):
+        for dtype in (torch.bfloat16, torch.float32):
+            check_gradients(case(SPECS[name], sizes, dtype), kernel)
+
+
+@pytest.mark.parametrize("sizes", {**WIDTHS, **BATCHES})
+def test_gradients_of_every_size(sizes: str) -> None:
+    for name in ("scaled", "causal", "bias", "sink"):
+        check_gradients(case(SPECS[name], {**WIDTHS, **BATCHES}[sizes], torch.bfloat16), "triton")
+
+
+def check_gradients(given: Case, kernel: str) -> None:
+    given = on_gpu(given)
+    if lookup(kernel).refuses(given.leaves().problem(), Target.of(given.query.device)):
+        return
+    out = (*given.query.shape[:-1], given.value.shape[-1])
+    grad_out = torch.randn(out, generator=torch.Generator().manual_seed(1)).to("cuda", given.value.dtype)
+    truth = gradients(given.to(torch.float64), None, grad_out)
+    found = gradients(given, kernel, grad_out)
+    if given.query.dtype == torch.float32:
+        # weights are exp(s - lse), whose relative error is that of the lse: |lse| roundings
+        lse = reference(given.spec, *given.operands[:3], given.captures)[1]
+        roundings = 16.0 + lse.nan_to_num(neginf=0.0).clamp(-1e3, 1e3).abs().amax().item()
+        assert_as_exact(found, gradients(given, None, grad_out), truth, roundings)
+    else:
+        assert_close_in_half(found, truth)
+    # no atomics: the same sums in the same order
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(found, gradients(given, kernel, grad_out), strict=True)
+    )
+
+
+def test_a_broadcast_batch_of_keys() -> None:
+    given = on_gpu(case(SPECS["causal"], replace(SIZES["odd"], width=64, value_width=64), torch.bfloat16))
+    shared = replace(given, key=given.key[:1], value=given.value[:1])
+    spread = replace(given, key=given.key[:1].expand_as(given.key), value=given.value[:1].expand_as(given.value))
+    found = [attention(*x.operands[:3], [], [], x.spec.to_text(), "triton")[0] for x in (shared, spread)]
+    assert torch.equal(*found)
+
+
+def test_more_elements_than_31_bits_count() -> None:
+    given = case(SPECS["causal"], Sizes((1,), 1, 1, 40, 40, 64, 64), torch.bfloat16)
+    # the second head of a tensor whose heads are 2^31 elements apart
+    room = torch.empty(2**31 + 2**16, dtype=torch.bfloat16, device="cuda")
+    key = room.as_strided((1, 2, 40, 64), (0, 2**31, 64, 1))
+    key.copy_(torch.cat([torch.zeros_like(given.key), given.key], dim=1))
+    two = replace(
+        given, query=given.query.repeat(1, 2, 1, 1), value=given.value.repeat(1, 2, 1, 1), key=key.cpu().clone()
+    )
+    operands = (two.query.cuda(), key, two.value.cuda())
+    out = attention(*operands, [], [], given.spec.to_text(), "triton")[0]
+    assert_as_exact([out.cpu()], [written_out(two)], [exact(two)])
