@@ -35,7 +35,6 @@ __all__ = [
     "masked_by",
 ]
 
-
 ONE = Const(1.0)
 
 #: A finite fill at or below this swallows any score it is added to: float32 has 24 bits, so every

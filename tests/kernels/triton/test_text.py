@@ -53,7 +53,8 @@ def test_every_spec(name: str) -> None:
     given = case(SPECS[name], SIZES["grouped heads"], torch.float32)
     programs = (given.spec.score, given.spec.weight, *([] if given.spec.sink is None else [given.spec.sink]))
     for program in programs:
-        check(program, function_text(program, given.spec.captures), given)
+        if not untranslatable(program):
+            check(program, function_text(program, given.spec.captures), given)
 
 
 @pytest.mark.parametrize("name", SPECS)

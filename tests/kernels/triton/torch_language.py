@@ -27,8 +27,8 @@ class TorchLanguage:
     abs, floor, ceil, erf, sin, cos = torch.abs, torch.floor, torch.ceil, torch.erf, torch.sin, torch.cos
 
     @staticmethod
-    def where(condition: Tensor, kept: object, other: object) -> Tensor:
-        return torch.where(condition, *map(_tensor, (kept, other)))
+    def where(condition: Tensor | bool, kept: object, other: object) -> Tensor:
+        return torch.where(torch.as_tensor(condition), *map(_tensor, (kept, other)))
 
     @staticmethod
     def load(pointer: Pointer) -> Tensor:
