@@ -19,7 +19,7 @@ from attnfuse.graph.text import render
 from attnfuse.graph.verify import verify
 from attnfuse.kernels import Numerics, lookup
 from attnfuse.passes.certify import Effort, Replay, certify
-from attnfuse.passes.lift import Given, lift
+from attnfuse.passes.lift import Constants, Given, lift
 from attnfuse.passes.lower import Plan, Wishes, apply, at_sizes, plan
 from attnfuse.passes.simplify import simplify
 from attnfuse.passes.site import Attention, Site
@@ -151,7 +151,7 @@ def _target(gm: GraphModule, options: Options) -> Target:
 
 def _lift(state: State) -> State:
     captured = state.captured
-    found = lift(captured.aten, Given(captured.is_given, captured.is_parameter))
+    found = lift(captured.aten, Given(captured.is_given, captured.is_parameter, Constants(captured.constant)))
     given = (_homed(item, state.captured) for item in found)
     return replace(state, items=tuple(given))
 
@@ -191,7 +191,7 @@ def _certify(state: State) -> State:
 def _checked(item: Plan, state: State) -> Checked | Refused:
     site = item.attention.site
     try:
-        certificate = certify(_replay(item, state.wishes), state.options.certify, state.certificates)
+        certificate = certify(_replay(item, state), state.options.certify, state.certificates)
     except NotEquivalent as error:
         reason = f"the rewrite is not equivalent, which is a bug of attnfuse: {error}"
         return Refused(reason, site.softmax.name, facts.source_line(site.softmax), "please report it")
@@ -201,11 +201,12 @@ def _checked(item: Plan, state: State) -> Checked | Refused:
     return Checked(item, certificate)
 
 
-def _replay(item: Plan, wishes: Wishes) -> Replay:
+def _replay(item: Plan, state: State) -> Replay:
     placeholders = (node for node in item.replacement.graph.nodes if node.op == "placeholder")
     needs = tuple(facts.is_tensor(node) and facts.tensor(node).requires_grad for node in placeholders)
-    smaller = partial(at_sizes, item, wishes=wishes)
-    return Replay(item.attention, item.inputs, needs, item.replacement, smaller, item.problem.scores)
+    smaller = partial(at_sizes, item, wishes=state.wishes)
+    constant = state.captured.constant
+    return Replay(item.attention, item.inputs, needs, item.replacement, smaller, item.problem.scores, constant)
 
 
 def _lower(state: State) -> State:

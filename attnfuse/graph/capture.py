@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 from torch._guards import tracing
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -56,6 +57,10 @@ class Captured:
         """Whether a node of ``aten`` is a module's parameter."""
         home = node if self.is_aten else self.home.get(node, node)
         return facts.is_parameter(home) or (home.op == "placeholder" and home.name in self.state.parameters)
+
+    def constant(self, node: Node) -> Tensor | None:
+        """The value that a node of ``aten`` has for good; None where it may have another."""
+        return self.state.constants.get(node.name) if self.is_aten and node.op == "placeholder" else None
 
     def value(self, node: Node) -> object:
         """The fake value of a node of ``aten``; only the edited graph's values know whether they need a gradient."""

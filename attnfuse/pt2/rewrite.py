@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree  # torch offers no public one
 
 from attnfuse.fuse import fuse_graph
+from attnfuse.graph.order import Order, storage
 from attnfuse.graph.state import State
 from attnfuse.report import Report
 from attnfuse.target import Target
@@ -38,8 +40,24 @@ def rewrite(
 
 
 def _state(program: ExportedProgram) -> State:
-    """The placeholders that are parameters."""
-    return State(parameters=frozenset(program.graph_signature.inputs_to_parameters))
+    """Which placeholders are parameters, and which are tensors that nobody writes into.
+
+    A persistent buffer is not counted among those, though it may look like a mask: another checkpoint may be loaded.
+    """
+    signature = program.graph_signature
+    # core ATen lists what it writes in its signature, training IR writes
+    written = set(signature.buffers_to_mutate.values())
+    changed = {storage(write.target).name for write in Order.of(program.graph).writes}
+    loaded = set(program.state_dict)
+    named = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    constants = {
+        name: program.constants[target]
+        for name, target in named.items()
+        if name not in changed
+        and target not in written | loaded
+        and isinstance(program.constants.get(target), torch.Tensor)
+    }
+    return State(parameters=frozenset(signature.inputs_to_parameters), constants=constants)
 
 
 def _copied(program: ExportedProgram) -> ExportedProgram:

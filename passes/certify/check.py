@@ -35,7 +35,8 @@ _SEED = 0
 @dataclass(frozen=True)
 class Replay:
     """What is replayed: ``replacement``, and ``at_sizes(sizes)`` at other sizes, computes ``attention.site.node``
-    from ``inputs``, of which ``needs`` says which need a gradient; ``scores`` is how many scores the site has.
+    from ``inputs``, of which ``needs`` says which need a gradient; ``scores`` is how many scores the site has, and
+    ``constant`` the value of a node that has only one.
     """
 
     attention: Attention
@@ -44,6 +45,7 @@ class Replay:
     replacement: GraphModule
     at_sizes: Callable[[Sizes], GraphModule]
     scores: int
+    constant: Callable[[Node], Tensor | None] = lambda node: None
 
 
 def certify(replay: Replay, effort: Effort, known: dict[str, Certificate]) -> Certificate:
@@ -74,6 +76,7 @@ class _Pair:
     needs: tuple[bool, ...]
     shapes: Shapes
     masks: frozenset[Node]
+    constant: Callable[[Node], Tensor | None]
 
     @property
     def shared(self) -> int:
@@ -82,14 +85,15 @@ class _Pair:
 
 def _at_full_size(replay: Replay) -> _Pair:
     source, standing = source_of(replay.attention.site.node, replay.inputs, {})
-    return _Pair(source, replay.replacement, standing, replay.needs, {}, _masks(replay.attention))
+    return _Pair(source, replay.replacement, standing, replay.needs, {}, _masks(replay.attention), replay.constant)
 
 
 def _at_small_size(replay: Replay) -> _Pair:
     sizes, site = smaller_axes(replay.attention), replay.attention.site
     shapes = {node: shrunk_shape(node, place, sizes) for node, place in site.reads.items()}
     source, standing = source_of(site.node, replay.inputs, shapes)
-    return _Pair(source, replay.at_sizes(sizes), standing, replay.needs, shapes, _masks(replay.attention))
+    masks = _masks(replay.attention)
+    return _Pair(source, replay.at_sizes(sizes), standing, replay.needs, shapes, masks, replay.constant)
 
 
 def _masks(attention: Attention) -> frozenset[Node]:
@@ -138,7 +142,15 @@ def _misfit(pair: _Pair) -> str:
 
 def _drawn(pair: _Pair, trial: Trial) -> list[Tensor | int]:
     generator = torch.Generator().manual_seed(_SEED)
-    return [draw(node, pair.shapes.get(node), node in pair.masks, trial, generator) for node in pair.standing]
+    return [_value(node, pair, trial, generator) for node in pair.standing]
+
+
+def _value(node: Node, pair: _Pair, trial: Trial, generator: torch.Generator) -> Tensor | int:
+    shape, constant = pair.shapes.get(node), pair.constant(node)
+    if constant is None:
+        return draw(node, shape, node in pair.masks, trial, generator)
+    # at smaller sizes the source reads a smaller part of it, from the same start
+    return constant.detach()[tuple(map(slice, constant.shape if shape is None else shape))]
 
 
 def _try(name: str, trial: Trial, pair: _Pair) -> Errors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnfuse.passes.lift.constant import Constants
 from attnfuse.passes.lift.spine import Given, lift
 
-__all__ = ["Given", "lift"]
+__all__ = ["Constants", "Given", "lift"]

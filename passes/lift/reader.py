@@ -23,7 +23,8 @@ from attnfuse.axes import Index, Size, Space, Unreadable
 from attnfuse.graph import facts
 from attnfuse.graph.order import Order
 from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, Reduced, Softmax
-from attnfuse.score import Apply, Capture, Const, Expr, Symbol, apply, walk
+from attnfuse.passes.lift.constant import Constants
+from attnfuse.score import Apply, Capture, Const, Expr, Symbol, apply, rewrite, walk
 from attnfuse.score import Index as Variable
 
 __all__ = ["Reader", "Rule", "Rules", "TakeAsTensor"]
@@ -54,6 +55,7 @@ class Reader:
         rules: Rules,
         order: Order,
         is_given: Callable[[Node], bool] = lambda node: True,
+        constants: Constants | None = None,
         opaque: frozenset[Node] = frozenset(),
     ) -> None:
         """``is_given`` says which nodes' values a fused node could be handed; only those can be leaves.
@@ -66,6 +68,7 @@ class Reader:
         #: Which axis an index variable of an expression runs over.
         self.axes: dict[str, Index] = {}
         self._rules, self._order, self._is_given, self._opaque = rules, order, is_given, opaque
+        self._constants = constants or Constants()
         self._slots: dict[Atom, int] = {}
         self._memo: dict[tuple[Node, Place, bool], Expr] = {}
         self._depth = 0
@@ -113,8 +116,10 @@ class Reader:
     def _interpret(self, node: Node, place: Place) -> Expr:
         name = facts.op_name(node)
         rule = self._rules.get(name) or self._rules.get(name.rstrip("_"))
-        if rule is None or node in self._opaque or self._depth > _MAX_DEPTH:
+        if node in self._opaque:
             return self.leaf(node, place)
+        if rule is None or self._depth > _MAX_DEPTH:
+            return self._constant(node, place) or self.leaf(node, place)
         before, self._consumer = self._consumer, node
         self._depth += 1
         try:
@@ -126,6 +131,19 @@ class Reader:
             self._depth -= 1
             self._consumer = before
         return found if self._is_usable(found) else self.leaf(node, place)
+
+    def _constant(self, node: Node, place: Place) -> Expr | None:
+        """The value of a tensor that is never changed, where it is index arithmetic."""
+        formula = self._constants.formula(node, place)
+        if formula is None:
+            return None
+        names = ("column",) if len(formula.dims) == 1 else ("row", "column")
+        at = {name: self.position(place[dim]) for name, dim in zip(names, formula.dims, strict=False)}
+
+        def positioned(part: Expr) -> Expr:
+            return at[part.axis] if isinstance(part, Variable) and part.axis in at else part
+
+        return normalise(rewrite(formula.expr, positioned), self.kind_of)
 
     def _is_usable(self, expr: Expr) -> bool:
         """A leaf must be a plain view of its node, since that is how the fused node will be given it."""

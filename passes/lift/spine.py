@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
 
@@ -19,6 +19,7 @@ from attnfuse.graph.order import Order
 from attnfuse.passes.lift.activation import ACTIVATIONS
 from attnfuse.passes.lift.assemble import read_site
 from attnfuse.passes.lift.call import is_call, read_call
+from attnfuse.passes.lift.constant import Constants
 from attnfuse.passes.lift.contraction import CONTRACTIONS
 from attnfuse.passes.lift.create import CREATE
 from attnfuse.passes.lift.hazards import without_hazards
@@ -45,12 +46,13 @@ Found = list[Site | Refused]
 
 @dataclass(frozen=True)
 class Given:
-    """What lift asks about a graph's nodes: whether a fused node could be handed the value of one, and which are
-    parameters.
+    """What lift asks about a graph's nodes: whether a fused node could be handed the value of one, which are
+    parameters, and which never change.
     """
 
     is_given: Callable[[Node], bool] = lambda node: True
     is_parameter: Callable[[Node], bool] = facts.is_parameter
+    constants: Constants = field(default_factory=Constants)
 
 
 def lift(graph: Graph, given: Given | None = None) -> Found:
@@ -130,7 +132,7 @@ def _attempt(
 ) -> Found:
     """``start`` is the normaliser, the call itself, or None."""
     try:
-        reader = Reader(_RULES, order, given.is_given, opaque)
+        reader = Reader(_RULES, order, given.is_given, given.constants, opaque)
         if is_call(node):
             site: Site | None = read_call(reader, node)
         elif start is None:

@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from benchmark.byhand import Tensors
 from benchmark.cases import Case
 from benchmark.peers import OURS, PEERS, Call
 
-__all__ = ["Effort", "Figure", "Row", "measure"]
+__all__ = ["Effort", "Figure", "Row", "measure", "peak_bytes"]
 
 #: What attnfuse is held against: the program as it was written, and what PyTorch's compiler makes of it.
 RIVALS = ("eager", "inductor")
@@ -70,7 +71,7 @@ def measure(case: Case, effort: Effort) -> Row:
         exact = _exact(case, given)
         errors = {name: _errors(call(), exact) for name, call in calls.items()}
         del exact
-        peaks = {name: _peak_bytes(call) for name, call in calls.items()}
+        peaks = {name: peak_bytes(call) for name, call in calls.items()}
         rounds = _interleaved(calls, effort)
     figures = {name: Figure(statistics.median(rounds[name]) * 1e3, peaks[name], *errors[name]) for name in calls}
     best = min((name for name in RIVALS if name in figures), key=lambda name: figures[name].milliseconds)
@@ -132,7 +133,7 @@ def _paired(above: list[float] | None, below: list[float] | None) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def _peak_bytes(call: Call) -> int | None:
+def peak_bytes(call: Callable[[], object]) -> int | None:
     """Bytes of physical memory that one call adds at its highest; None where the system does not tell.
 
     Linux keeps a process's high-water mark and lets it be reset, so the mark is set to what is resident
