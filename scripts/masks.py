@@ -16,7 +16,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from transformers import LlamaConfig, LlamaModel
 
@@ -50,12 +50,18 @@ def figure(graph: GraphModule, arguments: list[Any], length: int) -> Figure:
 def compare(length: int, layers: int, implementation: str, *, padded: bool) -> tuple[Figure, Figure, str]:
     """The captured graph, the fused one, and the report."""
     torch.manual_seed(0)
-    settings: dict[str, Any] = dict(
-        vocab_size=128, hidden_size=HEADS * WIDTH, intermediate_size=2 * HEADS * WIDTH, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS // 4, max_position_embeddings=length,
-        use_cache=False, attn_implementation=implementation,
-    )  # fmt: skip
-    model: Any = LlamaModel(LlamaConfig(**settings))
+    settings: dict[str, Any] = {
+        "vocab_size": 128,
+        "hidden_size": HEADS * WIDTH,
+        "intermediate_size": 2 * HEADS * WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS // 4,
+        "max_position_embeddings": length,
+        "use_cache": False,
+        "attn_implementation": implementation,
+    }
+    model: nn.Module = LlamaModel(LlamaConfig(**settings))
     inputs = {"input_ids": torch.randint(128, (1, length))}
     if padded:
         inputs["attention_mask"] = (torch.arange(length) >= length // 8).long()[None]
