@@ -14,6 +14,7 @@ from attnfuse.errors import BadInput, NotEquivalent, Refused
 from attnfuse.form import describe
 from attnfuse.graph import facts
 from attnfuse.graph.capture import Captured, capture
+from attnfuse.graph.flex import flex_programs
 from attnfuse.graph.state import State as GraphState
 from attnfuse.graph.text import render
 from attnfuse.graph.verify import verify
@@ -117,7 +118,8 @@ def fuse_graph(
 
 
 def _nested(gm: GraphModule) -> list[GraphModule]:
-    return [child for child in gm.modules() if isinstance(child, GraphModule) and child is not gm]
+    programs = flex_programs(gm)
+    return [child for child in gm.modules() if isinstance(child, GraphModule) and child not in (gm, *programs)]
 
 
 def _fuse_one(gm: GraphModule, options: Options, known: GraphState | None) -> Report:

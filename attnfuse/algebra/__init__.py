@@ -8,13 +8,13 @@ The one stated exception is that a masked score contributes nothing even where i
 
 from __future__ import annotations
 
-from attnfuse.algebra.kinds import Kind, Kinds, Rule, kind
+from attnfuse.algebra.kinds import Kind, Kinds, Rule, kind, reads_score
 from attnfuse.algebra.masks import MASK_RULES
 from attnfuse.algebra.numbers import NUMBER_RULES, named_softcap
 from attnfuse.algebra.weights import WEIGHT_RULES
 from attnfuse.score import Expr, rewrite
 
-__all__ = ["RULES", "WEIGHT_RULES", "Kind", "Kinds", "Rule", "kind", "normalise"]
+__all__ = ["RULES", "WEIGHT_RULES", "Kind", "Kinds", "Rule", "kind", "normalise", "reads_score"]
 
 #: Every rule, in the order they are tried.
 RULES: tuple[Rule, ...] = (*NUMBER_RULES, *MASK_RULES)

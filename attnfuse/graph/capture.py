@@ -25,6 +25,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from attnfuse.graph import facts
 from attnfuse.graph.closed import Closed
+from attnfuse.graph.flex import is_flex
 from attnfuse.graph.mirror import Mirror
 from attnfuse.graph.state import State
 
@@ -92,7 +93,9 @@ def fake_mode_of(graph: Graph) -> FakeTensorMode | None:
 
 
 def _is_aten(graph: Graph) -> bool:
-    """Whether every tensor in the graph is an operator's result, or an element of one."""
+    """Whether every tensor in the graph is an operator's result, or an element of one; flex_attention is none."""
+    if any(map(is_flex, graph.nodes)):
+        return False
     return not any(node.op in ("call_method", "call_module") or _is_torch_function(node) for node in graph.nodes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._ops import HigherOrderOperator
@@ -14,6 +14,7 @@ from torch.fx.traceback import set_current_meta
 
 from attnfuse.graph import facts
 from attnfuse.graph.closed import Closed
+from attnfuse.graph.flex import flex_of, is_flex
 
 __all__ = ["Mirror"]
 
@@ -35,6 +36,8 @@ class Mirror(Interpreter):
         known = facts.value(n)
         if n.op == "call_method" and n.target == "item" and isinstance(known, (torch.SymFloat, torch.SymInt)):
             return self._known_number(n, known)
+        if is_flex(n):
+            return self._flex(n, known)
         if isinstance(n.target, HigherOrderOperator):
             return self._unopened(n, known)
         before = _last_traced()
@@ -55,6 +58,17 @@ class Mirror(Interpreter):
         traced = (_node_of(self.env[arg]) for arg in n.all_input_nodes)
         proxies = tuple(mode.tracer.proxy(node) for node in traced if node is not None)
         proxy = mode.tracer.create_proxy("call_function", n.target, proxies, {}, name=n.name)
+        return track_tensor_tree(known, proxy, constant=None, tracer=mode.tracer)
+
+    def _flex(self, n: Node, known: Any) -> Any:
+        """The result of flex_attention, traced as a call of what it computes."""
+        mode = get_innermost_proxy_mode()
+        called = flex_of(n, cast("GraphModule", self.module))
+        traced = [_node_of(self.env[arg]) for arg in called[1]]
+        if mode is None or None in traced:
+            return known
+        proxies = tuple(mode.tracer.proxy(node) for node in traced if node is not None)
+        proxy = mode.tracer.create_proxy("call_function", called[0], proxies, {}, name=n.name)
         return track_tensor_tree(known, proxy, constant=None, tracer=mode.tracer)
 
     def _known_number(self, n: Node, number: torch.SymFloat | torch.SymInt) -> Any:

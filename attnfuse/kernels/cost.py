@@ -80,6 +80,8 @@ EAGER = 2.0
 DROPOUT, DROPOUT_UNFUSED = 3.0, 2.0
 #: Each score of a mask that ATen's flash attention is handed as a tensor.
 MASKED_CALL = 0.7
+#: flex_attention's compiled kernel takes so many times as long as our blocks.
+FLEX = 1.1
 #: Each byte from memory.
 BYTE = 0.08
 #: Nanoseconds of a block, of a call of our op, of a call of ATen's kernel, of an unfused graph's calls.
@@ -144,6 +146,8 @@ def unfused(problem: Problem) -> float:
     rates = _rates(problem)
     if problem.source.startswith("sdpa") and _is_flash(problem):
         return _called(problem)
+    if problem.source == "flex" and problem.compiled:
+        return FLEX * blocked(problem)
     if not problem.compiled:
         return direct(problem)
     if not _plain(problem):

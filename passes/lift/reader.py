@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import partial, reduce
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -27,11 +27,14 @@ from attnfuse.passes.lift.constant import Constants
 from attnfuse.score import Apply, Capture, Const, Expr, Symbol, apply, rewrite, walk
 from attnfuse.score import Index as Variable
 
-__all__ = ["Reader", "Rule", "Rules", "TakeAsTensor"]
+__all__ = ["Bound", "Reader", "Rule", "Rules", "TakeAsTensor"]
 
 #: ``rule(reader, node, arguments, place)`` is the node's value at that place; raises Unreadable to make it a leaf.
 Rule = Callable[["Reader", Node, Mapping[str, Any], Place], Expr]
 Rules = Mapping[str, Rule]
+
+#: What an input of a called program stands for: a number, or a node of the calling graph.
+Bound = Expr | Node
 
 #: Deeper chains and larger expressions than any mask or bias has; beyond them a value is a leaf.
 _MAX_DEPTH = 150
@@ -70,6 +73,7 @@ class Reader:
         self._rules, self._order, self._is_given, self._opaque = rules, order, is_given, opaque
         self._constants = constants or Constants()
         self._slots: dict[Atom, int] = {}
+        self._outer, self._bound = self, cast("Mapping[Node, Bound]", {})
         self._memo: dict[tuple[Node, Place, bool], Expr] = {}
         self._depth = 0
         self._unlimited: Reader | None = None
@@ -94,6 +98,14 @@ class Reader:
         other._consumer = self._consumer
         return other
 
+    def inside(self, order: Order, bound: Mapping[Node, Bound], consumer: Node) -> Reader:
+        """A reader of a program that ``consumer`` calls: its inputs are ``bound`` to numbers or this graph's nodes."""
+        outer, inner = copy(self), copy(self)
+        outer._consumer = consumer
+        inner._order, inner._outer, inner._bound = order, outer, bound
+        inner._memo, inner.trail, inner.consumer, inner._consumer = {}, [], {}, None
+        return inner
+
     def read(self, node: Node, place: Place) -> Expr:
         """The value of a tensor node at ``place``, one index for each dimension.
 
@@ -114,6 +126,9 @@ class Reader:
             self.consumer[node] = reader
 
     def _interpret(self, node: Node, place: Place) -> Expr:
+        if node in self._bound:
+            given = self._bound[node]
+            return self._outer.read(given, place) if isinstance(given, Node) else given
         name = facts.op_name(node)
         rule = self._rules.get(name) or self._rules.get(name.rstrip("_"))
         if node in self._opaque:

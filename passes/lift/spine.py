@@ -22,6 +22,7 @@ from attnfuse.passes.lift.call import is_call, read_call
 from attnfuse.passes.lift.constant import Constants
 from attnfuse.passes.lift.contraction import CONTRACTIONS
 from attnfuse.passes.lift.create import CREATE
+from attnfuse.passes.lift.flex import is_flex_result, read_flex
 from attnfuse.passes.lift.hazards import without_hazards
 from attnfuse.passes.lift.normaliser import NORMALISER_NAMES, NORMALISERS
 from attnfuse.passes.lift.pointwise import POINTWISE
@@ -72,7 +73,7 @@ def _candidates(graph: Graph) -> list[tuple[Node, Node | None]]:
     summed = _downstream(graph, products.__contains__)
     found: list[tuple[Node, Node | None]] = []
     for node in graph.nodes:
-        if is_call(node):
+        if is_call(node) or is_flex_result(node):
             found.append((node, node))
         elif node in products:
             found.append((node, products[node]))
@@ -135,6 +136,8 @@ def _attempt(
         reader = Reader(_RULES, order, given.is_given, given.constants, opaque)
         if is_call(node):
             site: Site | None = read_call(reader, node)
+        elif is_flex_result(node):
+            site = read_flex(reader, node)
         elif start is None:
             site = read_unnormalised(reader, node, given.is_parameter)
         else:

@@ -71,7 +71,9 @@ def _operands(site: Site, roles: Roles) -> tuple[Layout, Layout, Layout]:
     batch = _singles(roles.batch)
     inner, outer = roles.inner, roles.outer
     lead = tuple(False for _ in batch)
-    scored, summed = facts.dtype(site.product), facts.dtype(site.node)
+    summed = facts.dtype(site.node)
+    # a call may have several results
+    scored = facts.dtype(site.product) if facts.is_tensor(site.product) else summed
     return (
         Layout(site.query.views, (*batch, roles.head, roles.row, inner), (*map(bool, batch), True, True, True), scored),
         Layout(site.key.views, (*batch, roles.kv_head, roles.key, inner), (*lead, True, True, True), scored),
