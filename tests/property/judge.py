@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from attnfuse import reference
 from tests.property.recipe import FINFO_MIN, Inputs, Recipe
 from tests.property.spell import Spelled
 
-__all__ = ["DATA", "Data", "exact_result", "inputs_of", "representable"]
+__all__ = ["DATA", "Data", "exact_result", "inputs_of", "nudged", "representable"]
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,17 @@ def exact_result(spelled: Spelled, inputs: Inputs) -> tuple[Tensor, Tensor]:
     out, lse = reference.attention(recipe.spec(torch.float64), exact.query, exact.key, exact.value, captures)
     empty = (lse < max(recipe.fill, FINFO_MIN) / 2).unsqueeze(-1).expand(out.shape)
     return spelled.leave(out), spelled.leave(empty)
+
+
+def nudged(inputs: Inputs) -> Inputs:
+    """The inputs in float64, each element moved towards zero by at most one rounding."""
+    move = partial(_one_rounding, torch.Generator().manual_seed(0))
+    captures = {name: move(x) for name, x in inputs.captures.items()}
+    return Inputs(move(inputs.query), move(inputs.key), move(inputs.value), captures)
+
+
+def _one_rounding(random: torch.Generator, x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    part = torch.rand(x.shape, generator=random, dtype=torch.float64)
+    return x.double() * (1 - torch.finfo(x.dtype).eps * part)

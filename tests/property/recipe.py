@@ -84,18 +84,6 @@ class Inputs:
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.captures.items()}
         return Inputs(self.query.to(dtype), self.key.to(dtype), self.value.to(dtype), cast)
 
-    def moved(self) -> Inputs:
-        """Floating-point tensors in float64, each element moved by less than a rounding of its own dtype."""
-        fresh = {name: _moved(t) for name, t in self.captures.items()}
-        return Inputs(_moved(self.query), _moved(self.key), _moved(self.value), fresh)
-
-
-def _moved(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    part = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return tensor.double() * (1 - torch.finfo(tensor.dtype).eps * part)
-
 
 @dataclass(frozen=True)
 class Recipe:

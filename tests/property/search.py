@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from hypothesis import Phase, given, reject, seed, settings
@@ -18,9 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnfuse import fuse_graph
 from attnfuse.report import Report
-from tests.property.judge import DATA, exact_result, inputs_of, representable
+from tests.property.judge import DATA, exact_result, inputs_of, nudged, representable
 from tests.property.misses import changed, ways
-from tests.property.recipe import Inputs
 from tests.property.spell import Spelled, spell
 from tests.property.strategies import recipes, sizes, spellings
 from tests.support.compare import assert_as_good
@@ -76,7 +74,7 @@ def _try_program(data: st.DataObject, tally: Tally) -> None:
     args = spelled.arguments(inputs)
     source = spelled.module(*_copies(args))
     fused = _rewritten(spelled, args, tally)
-    (exact, empty), (moved, _) = (exact_result(spelled, x) for x in (inputs, _nudged(inputs)))
+    (exact, empty), (moved, _) = (exact_result(spelled, x) for x in (inputs, nudged(inputs)))
     for rows in (empty, ~empty):
         assert_as_good(fused[rows], source[rows], exact[rows], moved=moved[rows])
 
@@ -94,7 +92,7 @@ def _try_near_miss(data: st.DataObject, tally: Tally) -> None:
     args = spelled.arguments(inputs)
     source = _answer(spelled, args)
     fused = _rewritten(spelled, args, tally)
-    exact, moved = (_answer(wide, wide.arguments(x.to(torch.float64))) for x in (inputs, _nudged(inputs)))
+    exact, moved = (_answer(wide, wide.arguments(x.to(torch.float64))) for x in (inputs, nudged(inputs)))
     if source.is_floating_point():
         assert_as_good(fused, source, exact, moved=moved)
     else:
@@ -122,17 +120,3 @@ def _rewritten(spelled: Spelled, args: tuple[Tensor, ...], tally: Tally) -> Tens
 
 def _copies(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.clone() for x in args)
-
-
-def _nudged(inputs: Inputs) -> Inputs:
-    """The inputs in float64, each element moved towards zero by at most one rounding."""
-    move = partial(_one_rounding, torch.Generator().manual_seed(0))
-    captures = {name: move(x) for name, x in inputs.captures.items()}
-    return Inputs(move(inputs.query), move(inputs.key), move(inputs.value), captures)
-
-
-def _one_rounding(random: torch.Generator, x: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        return x
-    part = torch.rand(x.shape, generator=random, dtype=torch.float64)
-    return x.double() * (1 - torch.finfo(x.dtype).eps * part)

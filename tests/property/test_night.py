@@ -60,7 +60,7 @@ def test_a_near_miss_differs_in_one_thing() -> None:
         "k.mT * -0.5",
         "float('inf')",
         "dim=-2)",
-        "@ k)",
+        "(k @ k.mT",
         "sigmoid",
         "dtype=torch.bool",
     ):
