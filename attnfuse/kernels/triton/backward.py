@@ -452,7 +452,7 @@ def captured_gradient(
             )
             total += tl.sum(found, 1)
         i = m0 + tl.arange(0, PLAN.rows)
-        tl.store(target + tl.cast(head, tl.int64) * rows + i, total, mask=i < rows)
+        tl.store(target + tl.cast(head, tl.int64) * rows + i, total.to(target.dtype.element_ty), mask=i < rows)
     else:
         n0, head = work % key_tiles * PLAN.keys, work // key_tiles
         b, h, hk = decoded(head, sizes, PLAN)
@@ -482,4 +482,4 @@ def captured_gradient(
             )
             total += tl.sum(found, 0)
         j = n0 + tl.arange(0, PLAN.keys)
-        tl.store(target + tl.cast(head, tl.int64) * keys + j, total, mask=j < keys)
+        tl.store(target + tl.cast(head, tl.int64) * keys + j, total.to(target.dtype.element_ty), mask=j < keys)

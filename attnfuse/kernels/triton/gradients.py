@@ -20,7 +20,7 @@ from attnfuse.kernels.triton.logit import logit_of
 from attnfuse.kernels.triton.plan import BackwardPlan
 from attnfuse.kernels.triton.tables import backward_schedules
 from attnfuse.reference import Scope, evaluate, seed_of
-from attnfuse.score import Capture, Const, Expr, S
+from attnfuse.score import Capture, Const, Expr, S, apply
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
@@ -116,6 +116,12 @@ class Gradients:
         widest = max(self.query.shape[-1], self.value.shape[-1])
         return backward_schedules(Target.of(self.query.device), widest, self.query.element_size())
 
+    @property
+    def small(self) -> Schedule:
+        """That of sums over rows, which have little to do."""
+        rows, _ = self.both
+        return replace(rows, rows=min(rows.rows, 64), keys=min(rows.keys, 64), warps=4)
+
     def strides(self, tensor: Tensor) -> tuple[int, ...]:
         """Those a body takes for a tensor."""
         return strides_of(tensor, self.batch)
@@ -143,7 +149,7 @@ class Gradients:
         shape = self.query.shape[:-1]
         top, norm, delta = (self.query.new_empty(shape, dtype=torch.float32) for _ in range(3))
         sink = torch.empty_like(top) if self.spec.sink is not None else None
-        plan = self.plan(replace(self.both[0], rows=64, keys=64 if self.query.element_size() == 2 else 32, warps=4))
+        plan = self.plan(self.small)
         programs = -(-shape[-1] // plan.rows) * self.heads
         strange = self.query.new_empty(programs if plan.uncertain else 0, dtype=torch.int32)
         assert self.residual.lse is not None
@@ -186,40 +192,48 @@ class Gradients:
     def _of_capture(self, slot: int, sums: Sums) -> Tensor | None:
         if not self.needs[3 + slot]:
             return None
-        target = self.captures[slot]
-        parts = []
-        leaf = Capture(slot)
-        plan = self.plan(replace(self.both[0], rows=64, keys=64))
-        if leaf in (of_score := pullback(plan.masked_program)):
-            parts.append(plan.factor * self._summed(slot, of_score[leaf], sums))
-        if self.spec.sink is not None and sums.sink is not None and leaf in (of_sink := pullback(self.spec.sink)):
-            scope = Scope.whole(self.query, self.key[..., :1, :], self.captures, self.symbols)
-            parts.append(evaluate(of_sink[leaf], replace(scope, weight=sums.sink.unsqueeze(-1))))
-        found = torch.zeros_like(target, dtype=torch.float32)
-        for part in parts:
-            found = found + _reduced(part, target.shape)
-        return found.to(target.dtype)
+        parts = [
+            part for part in (self._through_scores(slot, sums), self._through_sink(slot, sums)) if part is not None
+        ]
+        found = parts[0] if parts else torch.zeros_like(self.captures[slot])
+        for part in parts[1:]:
+            found = found + part
+        return found.to(self.captures[slot].dtype)
 
-    def _summed(self, slot: int, program: Expr, sums: Sums) -> Tensor:
-        """A captured tensor's gradient through the scores, summed over whole axes in part, ``[*B, H, M, N]``."""
+    def _through_sink(self, slot: int, sums: Sums) -> Tensor | None:
+        pulled = {} if self.spec.sink is None else pullback(self.spec.sink)
+        if sums.sink is None or Capture(slot) not in pulled:
+            return None
+        scope = Scope.whole(self.query, self.key[..., :1, :], self.captures, self.symbols)
+        part = evaluate(pulled[Capture(slot)], replace(scope, weight=sums.sink.unsqueeze(-1)))
+        return _reduced(part, self.captures[slot].shape)
+
+    def _through_scores(self, slot: int, sums: Sums) -> Tensor | None:
+        """Summed over whole axes within a program, then over those that are left."""
         from attnfuse.kernels.triton.backward import captured_gradient  # noqa: PLC0415 - see _sums
 
-        axes = set(self.spec.captures[slot].axes)
+        base = self.plan(self.small)
+        pulled = pullback(base.masked_program)
+        if Capture(slot) not in pulled:
+            return None
+        capture, axes = self.captures[slot], set(self.spec.captures[slot].axes)
         rows, keys = self.query.shape[-2], self.key.shape[-2]
         reduce = "heads" if {"m", "n"} <= axes else "rows" if "n" in axes else "keys"
-        stays, reduced, apart, lead = self._split(axes) if reduce == "heads" else (self.heads, 1, 1, ())
-        plan = self.plan(replace(self.both[0], rows=64, keys=64), program, reduce)
+        stays, reduced, apart, lead = (
+            self._split(axes) if reduce == "heads" else (self.heads, 1, 1, self.query.shape[:-2])
+        )
+        program = apply("mul", Const(base.factor), pulled[Capture(slot)])
+        plan = self.plan(self.both[0] if reduce == "heads" else self.small, program, reduce)
         row_tiles, key_tiles = -(-rows // plan.rows), -(-keys // plan.keys)
         grids = {"heads": row_tiles * key_tiles * stays, "keys": row_tiles * stays, "rows": key_tiles * stays}
-        ends = {"heads": (rows, keys), "keys": (rows, 1), "rows": (1, keys)}[reduce]
-        target = self.query.new_empty((stays, *ends), dtype=torch.float32)
+        shape = (*lead, *{"heads": (rows, keys), "keys": (rows, 1), "rows": (1, keys)}[reduce])
+        target = capture.new_empty(shape, dtype=capture.dtype if shape == capture.shape else torch.float32)
         captured_gradient[(grids[reduce],)](
             self.query, self.key, self.value, self.grad_out, target, *sums.read, self.scope, self.seed,
             *map(self.strides, (self.query, self.key, self.value, self.grad_out)), (*self.sizes[:4], apart), self.band,
             reduced, plan, **options_of(plan.schedule),
         )  # fmt: skip
-        outer = lead if reduce == "heads" else tuple(self.query.shape[:-2])
-        return target.view(*outer, *ends)
+        return _reduced(target, capture.shape)
 
     def _split(self, axes: set[str]) -> tuple[int, int, int, tuple[int, ...]]:
         """How many heads stay and are summed, of ``[outer, summed, apart]``; ``apart``; the shape that stays."""
@@ -253,6 +267,6 @@ def _reduced(part: Tensor, shape: Sequence[int]) -> Tensor:
 
 def differentiable(spec: AttentionSpec) -> tuple[Expr, ...]:
     """The programs that a backward runs, for asking whether they have a text."""
-    logits = (logit_of(spec), logit_of(spec, careful=True))
+    logits = (logit_of(spec), logit_of(spec, rows_kept=True))
     pulled = (pullback(program) for logit in logits for program in (logit.masked, logit.core))
     return tuple(dict.fromkeys(program for each in pulled for program in each.values()))

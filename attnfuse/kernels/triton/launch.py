@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.form import ABSORBING, form_of
-from attnfuse.kernels.rows import FILL, MARGIN, masking_band, rows_kept, skips_surely
+from attnfuse.kernels.rows import MARGIN, masking_band, rows_kept, skips_surely
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton.logit import logit_of
 from attnfuse.kernels.triton.plan import Plan
@@ -153,7 +153,7 @@ def _plan(
     query, key, value, dtype, minor, precision = described
     band, form = masking_band(spec, symbols), form_of(spec.score)
     rows, keys, groups = query[-2], key[-2], query[-3] // key[-3]
-    logit = logit_of(spec, careful=not _finite_rows(spec, rows, keys, symbols))
+    logit = logit_of(spec, rows_kept=rows_kept(spec, rows, keys, symbols))
     packed = groups > 1 and rows <= PACKED_BELOW
     padded, value_padded = _padded(query[-1]), _padded(value[-1])
     if schedule is None:
@@ -182,19 +182,13 @@ def _plan(
         rest=not band.open and not skips_surely(spec, rows, keys, symbols),
         floor=max(fill + MARGIN, ABSORBING) / logit.factor,
         even=keys % schedule.keys == 0,
-        precision=precision,
+        # a tile of a few rows is bound by memory: exact products cost nothing there
+        precision="ieee" if packed or rows <= 16 else precision,
         dropout=spec.dropout,
         with_lse=with_lse,
         fast=dtype != torch.float32 and target.kind == "cuda",
         wide=False,
     )
-
-
-def _finite_rows(spec: AttentionSpec, rows: int, keys: int, symbols: tuple[int, ...]) -> bool:
-    """Whether no row has a maximum so far below zero that products with it cannot be compared."""
-    form = form_of(spec.score)
-    masks = form is not None and form.keep and float("-inf") < form.fill <= FILL
-    return not masks or rows_kept(spec, rows, keys, symbols)
 
 
 def _padded(width: int) -> int:

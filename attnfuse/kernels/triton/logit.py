@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from attnfuse.form import ABSORBING, Causal, Window, features, form_of
+from attnfuse.kernels.rows import FILL
 from attnfuse.score import Apply, Capture, Const, Expr, S, apply, rewrite, walk
 from attnfuse.spec import AttentionSpec, Captured, axes_of
 
@@ -24,8 +25,8 @@ LOG2E = math.log2(math.e)
 class Logit:
     """``logit == factor * masked``, and ``== factor * core`` for keys inside of the mask's band.
 
-    ``factor > 0``. ``huge`` says that ``masked`` may be as large as floats are (a captured mask of finfo.min), so
-    that a product with a factor above 1 overflows: subtract the maximum first.
+    ``factor > 0``. ``huge`` says that a row's maximum may be as far below zero as floats go (a mask of finfo.min, in
+    a row that it masks throughout), where products with a factor overflow or round apart: subtract it first.
     """
 
     factor: float
@@ -44,10 +45,14 @@ class Logit:
 
 
 @lru_cache(maxsize=1024)
-def logit_of(spec: AttentionSpec, *, careful: bool = False) -> Logit:
-    """The score program of a spec, taken apart; ``careful`` where a row may be filled throughout, and huge so."""
+def logit_of(spec: AttentionSpec, *, rows_kept: bool = False) -> Logit:
+    """The score program of a spec, taken apart; ``rows_kept`` says that every row is proven to keep a key."""
+    form = form_of(spec.score)
+    if rows_kept and form is not None and form.keep and form.fill <= ABSORBING:
+        # nobody sees the fill: but for tiles in which a row keeps nothing, whose maximum it would be for a while
+        spec = replace(spec, score=replace(form, fill=float("-inf"), added=False).expr())
     masked, core = (rewrite(program, _one_constant) for program in (spec.score, _inside(spec)))
-    if careful or _may_be_huge(spec):
+    if _may_be_huge(spec):
         return Logit(1.0, masked, core, huge=True)
     # a mask is outermost and its fill no factor, so the program without its mask scales alike
     (factor, masked), (_, core) = (_factored(each, spec.captures) for each in (masked, core))
@@ -73,7 +78,10 @@ def _one_constant(part: Expr) -> Expr:
 
 
 def _may_be_huge(spec: AttentionSpec) -> bool:
-    """Whether it reads floats for each key, which may hold the least finite one to mask it."""
+    """Whether it fills, or reads floats for each key, which may hold the least finite one to mask it."""
+    constants = [part.value for part in walk(spec.score) if isinstance(part, Const)]
+    if any(math.isfinite(value) and value <= FILL for value in constants):
+        return True
     read = {part.slot for part in walk(spec.score) if isinstance(part, Capture)}
     captured = [spec.captures[slot] for slot in read]
     return any("n" in each.axes and each.dtype in ("float32", "bfloat16", "float64") for each in captured)
@@ -115,8 +123,7 @@ def _shrunk(program: Expr, factor: float, captures: Captures) -> Expr:
         return program
     match program:
         case Const(value):
-            # a fill that absorbs scores may be any other that does, and must stay finite
-            return Const(max(float(value), 2 * ABSORBING) / factor if math.isfinite(value) else float(value))
+            return Const(float(value) / factor)
         case Apply("where", (mask, kept, Const() as other)):
             return apply("where", mask, *(_shrunk(arm, factor, captures) for arm in (kept, other)))
         case Apply("mul", (left, right)) if len(axes_of(left, captures)) <= len(axes_of(right, captures)):

@@ -28,8 +28,8 @@ class Shape:
 
 #: Head size at most, then the schedule; for two-byte elements.
 _HOPPER = (
-    (64, Schedule(rows=128, keys=128, loading="descriptor", warps=8, stages=3)),
-    (128, Schedule(rows=128, keys=128, loading="descriptor", warps=8, stages=2)),
+    (64, Schedule(rows=128, keys=64, loading="descriptor", warps=4, stages=3)),
+    (128, Schedule(rows=64, keys=64, loading="descriptor", warps=4, stages=3)),
     (256, Schedule(rows=128, keys=64, loading="descriptor", warps=8, stages=2)),
     (512, Schedule(rows=64, keys=32, loading="descriptor", warps=8, stages=1)),
 )
@@ -84,8 +84,8 @@ def _power(size: int) -> int:
 
 #: The backward: head size at most, then the schedules of dQ and of dK and dV; for two-byte elements.
 _BACKWARD = (
-    (64, Schedule(rows=128, keys=64, warps=8, stages=2), Schedule(rows=64, keys=128, warps=8, stages=2)),
-    (128, Schedule(rows=64, keys=64, warps=4, stages=2), Schedule(rows=64, keys=64, warps=4, stages=2)),
+    (64, Schedule(rows=128, keys=64, warps=8, stages=3), Schedule(rows=64, keys=128, warps=8, stages=3)),
+    (128, Schedule(rows=128, keys=64, warps=8, stages=3), Schedule(rows=32, keys=64, warps=4, stages=3)),
     (256, Schedule(rows=64, keys=32, warps=4, stages=1), Schedule(rows=32, keys=64, warps=8, stages=1)),
     (512, Schedule(rows=32, keys=16, warps=4, stages=1), Schedule(rows=16, keys=32, warps=8, stages=1)),
 )
