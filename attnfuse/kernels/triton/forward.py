@@ -8,7 +8,8 @@ is NaN, as in the written-out program, unless a sink gives it weight.
 Operands come with the strides they have. Query and out are ``[b0, b1, h, m, d]`` with ``q_at`` and ``o_at`` their
 strides, key and value ``[b0, b1, hk, n, d]``; where loads are by descriptor ``key`` and ``value`` are descriptors
 of that shape, whose tiles are zero beyond the edges. ``scope`` is what programs read,
-``(captures, strides, symbols)``; ``sizes`` are ``(b1, heads, rows, keys, work)``, ``band`` the
+``(captures, strides, symbols)``; ``sizes`` are ``(b1, heads, rows, keys, work,
+every)``, ``every`` counting the rows of all heads, ``band`` the
 offsets ``(left, right)`` of :class:`attnfuse.kernels.rows.Band`.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["forward"]
+__all__ = ["forward", "merge"]
 
 LN2 = tl.constexpr(0.6931471805599453)
 #: SplitMix64, as in :mod:`attnfuse.dropout`.
@@ -230,14 +231,22 @@ def spans(tile, rows, keys, band, PLAN: tl.constexpr):
 
 
 @triton.jit
+def log_sums(top, total, PLAN: tl.constexpr):
+    """The natural log of each row's sum."""
+    return tl.where(top == -float("inf"), top, top * PLAN.factor + tl.log2(total) * LN2)
+
+
+@triton.jit
 def row_tile(
-    work, query, key, value, out, lse, scope, seed, q_at, k_at, v_at, o_at, sizes, band,
+    work, query, key, value, out, lse, partial, scope, seed, q_at, k_at, v_at, o_at, sizes, band,
     PLAN: tl.constexpr,
 ):  # fmt: skip
     """Computes one tile of rows of one head; of all heads that share a key head where they are packed."""
-    b1_size, heads, rows, keys, _ = sizes
+    b1_size, heads, rows, keys, _, every = sizes
     group: tl.constexpr = PLAN.groups if PLAN.packed else 1
     tiles = tl.cdiv(rows * group, PLAN.rows)
+    split = work % PLAN.splits
+    work = work // PLAN.splits
     tile, head = work % tiles, work // tiles
     if PLAN.order == "longest first":
         tile = tiles - 1 - tile
@@ -267,12 +276,20 @@ def row_tile(
         # a key like any other, of weight one relative to itself, without a value
         u = PLAN.sink(m * 0.0, m * 0.0, b, h, m, m, *scope)
         top = tl.reshape(tl.broadcast_to(u + m * 0.0, [PLAN.rows, 1]), [PLAN.rows])
+        if PLAN.splits > 1:
+            top = tl.where(split == 0, top, -float("inf"))
         total = tl.where(top == -float("inf"), 0.0, 1.0)
     bits = m
     if PLAN.dropout > 0.0:
         bits = row_bits(tl.load(seed), b, h, m, PLAN)
 
     first, core_first, core_last, last = spans(tile, rows, keys, band, PLAN)
+    if PLAN.splits > 1:
+        size = tl.cdiv(tl.cdiv(last - first, PLAN.keys), PLAN.splits) * PLAN.keys
+        begin = first + split * size
+        first, last = begin, tl.minimum(last, begin + size)
+        core_first = tl.minimum(tl.maximum(core_first, begin), begin + size)
+        core_last = tl.maximum(tl.minimum(core_last, begin + size), core_first)
     if PLAN.left:
         acc, top, total = walk(acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits,
                                first, core_first, keys, scope, False, PLAN)  # fmt: skip
@@ -297,28 +314,60 @@ def row_tile(
         acc, top, total = walk(acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits,
                                after, tl.where(dead, keys, after), keys, scope, False, PLAN)  # fmt: skip
 
-    found = acc / total[:, None]
+    flat = ((b[0] * b1_size + b[1]) * heads + h) * rows + m
+    if PLAN.splits > 1:
+        tops, totals, sums = partial
+        place = split * every + flat
+        tl.store(tops + place, top[:, None], mask=inside)
+        tl.store(totals + place, total[:, None], mask=inside)
+        tl.store(sums + place * PLAN.value_width + dv[None, :], acc, mask=inside & (dv < PLAN.value_width)[None, :])
+    else:
+        found = acc / total[:, None]
+        if PLAN.dropout > 0.0:
+            found = found * PLAN.kept_scale
+        o_rows = out + (b[0] * o_at[0] + b[1] * o_at[1] + h * o_at[2] + m.to(tl.int64) * o_at[3])
+        inside_out = inside & (dv < PLAN.value_width)[None, :]
+        tl.store(o_rows + (dv * o_at[4])[None, :], found.to(out.dtype.element_ty), mask=inside_out)
+        if PLAN.with_lse:
+            tl.store(lse + flat, log_sums(top, total, PLAN)[:, None], mask=inside)
+
+
+@triton.jit
+def merge(partial, out, lse, o_at, sizes, PLAN: tl.constexpr):
+    """The spans of keys of :func:`forward` together, a row a program; one without keys has maximum -inf and sum 0."""
+    b1_size, heads, rows, _, _, every = sizes
+    flat = tl.program_id(0).to(tl.int64)
+    tops, totals, sums = partial
+    s, dv = tl.arange(0, PLAN.splits_padded), tl.arange(0, PLAN.value_padded)
+    place = s * every + flat
+    top = tl.load(tops + place, mask=s < PLAN.splits, other=-float("inf"))
+    highest = tl.max(top, 0)
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    share = powers(top, base, PLAN)
+    total = tl.sum(share * tl.load(totals + place, mask=s < PLAN.splits, other=0.0), 0)
+    inside = (s < PLAN.splits)[:, None] & (dv < PLAN.value_width)[None, :]
+    acc = tl.load(sums + place[:, None] * PLAN.value_width + dv[None, :], mask=inside, other=0.0)
+    found = tl.sum(acc * share[:, None], 0) / total
     if PLAN.dropout > 0.0:
         found = found * PLAN.kept_scale
-    o_rows = out + (b[0] * o_at[0] + b[1] * o_at[1] + h * o_at[2] + m.to(tl.int64) * o_at[3])
-    tl.store(
-        o_rows + (dv * o_at[4])[None, :], found.to(out.dtype.element_ty), mask=inside & (dv < PLAN.value_width)[None, :]
-    )
+    m, head = flat % rows, flat // rows
+    h, outer = head % heads, head // heads
+    o_row = out + (outer // b1_size * o_at[0] + outer % b1_size * o_at[1] + h * o_at[2] + m * o_at[3])
+    tl.store(o_row + dv * o_at[4], found.to(out.dtype.element_ty), mask=dv < PLAN.value_width)
     if PLAN.with_lse:
-        sums = tl.where(top == -float("inf"), top, top * PLAN.factor + tl.log2(total) * LN2)
-        tl.store(lse + ((b[0] * b1_size + b[1]) * heads + h) * rows + m, sums[:, None], mask=inside)
+        tl.store(lse + flat, log_sums(highest, total, PLAN))
 
 
 @triton.jit
 def forward(
-    query, key, value, out, lse, scope, seed, q_at, k_at, v_at, o_at, sizes, band,
+    query, key, value, out, lse, partial, scope, seed, q_at, k_at, v_at, o_at, sizes, band,
     PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``out`` and, where it is asked for, ``lse [b0, b1, h, m]``, contiguous."""
+    """Writes ``out`` and, where it is asked for, ``lse [b0, b1, h, m]``, contiguous; what :func:`merge` reads of splits."""
     if PLAN.order == "persistent":
         for work in range(tl.program_id(0), sizes[4], tl.num_programs(0)):
-            row_tile(work, query, key, value, out, lse, scope, seed,
+            row_tile(work, query, key, value, out, lse, partial, scope, seed,
                      q_at, k_at, v_at, o_at, sizes, band, PLAN)  # fmt: skip
     else:
-        row_tile(tl.program_id(0), query, key, value, out, lse, scope, seed,
+        row_tile(tl.program_id(0), query, key, value, out, lse, partial, scope, seed,
                  q_at, k_at, v_at, o_at, sizes, band, PLAN)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from attnfuse.form import ABSORBING, form_of
+from attnfuse.kernels.gpu.cost import device_of
 from attnfuse.kernels.rows import MARGIN, masking_band, rows_kept, skips_surely
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton.logit import logit_of
 from attnfuse.kernels.triton.plan import Plan
-from attnfuse.kernels.triton.tables import Shape, schedule_for
+from attnfuse.kernels.triton.tables import Shape, schedule_for, with_splits
 from attnfuse.reference import seed_of
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
@@ -42,7 +44,7 @@ def attend(
 
     Shapes as in :mod:`attnfuse.spec`, none of them zero; two batch axes at most.
     """
-    from attnfuse.kernels.triton.forward import forward  # noqa: PLC0415 - Triton is imported when it is launched
+    from attnfuse.kernels.triton.forward import forward, merge  # noqa: PLC0415 - Triton is imported when it is launched
 
     *batch, heads, rows, _ = query.shape
     out = value.new_empty((*batch, rows, heads, value.shape[-1])).transpose(-3, -2)
@@ -50,16 +52,19 @@ def attend(
     launch = prepare(spec, query, key, value, captures, symbols, out, lse, schedule)
     with on_device(query.device):
         forward[(launch.programs,)](*launch.arguments, **launch.options)
+        if launch.merging is not None:
+            merge[(query.shape[:-1].numel(),)](*launch.merging, num_warps=1)
     return out, lse
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a body is launched with."""
+    """What a body is launched with, and the merge after it, where keys are split."""
 
     programs: int
     arguments: tuple[Any, ...]
     options: dict[str, Any]
+    merging: tuple[Any, ...] | None = None
 
 
 def prepare(
@@ -81,22 +86,35 @@ def prepare(
     plan = _loadable(plan, batch, key, value)
     b0, b1 = (*batch, 1, 1)[:2]
     group = plan.groups if plan.packed else 1
-    work = -(-rows * group // plan.rows) * b0 * b1 * (heads // group)
+    work = -(-rows * group // plan.rows) * b0 * b1 * (heads // group) * plan.splits
+    sizes = (b1, heads, rows, key.shape[-2], work, b0 * b1 * heads * rows)
+    partial = _partial(query, value, plan.splits)
     arguments = (
         query,
         _source(key, batch, plan, plan.padded),
         _source(value, batch, plan, plan.value_padded, plan.value_minor),
         out,
         lse if asked else None,
+        partial,
         (tuple(captures[: len(spec.captures)]), capture_strides(spec, captures), tuple(symbols)),
         seed_of(spec, captures) if spec.dropout else None,
         *(strides_of(x, batch) for x in (query, key, value, out)),
-        (b1, heads, rows, key.shape[-2], work),
+        sizes,
         (band.left or 0, band.right or 0),
         plan,
     )
     programs = min(work, _processors(query.device)) if plan.order == "persistent" else work
-    return Launch(programs, arguments, options_of(plan.schedule))
+    merging = None if partial is None else (partial, out, lse if asked else None, strides_of(out, batch), sizes, plan)
+    return Launch(programs, arguments, options_of(plan.schedule), merging)
+
+
+def _partial(query: Tensor, value: Tensor, splits: int) -> tuple[Tensor, ...] | None:
+    """Room for maximum, sum and unnormalised out of every row in every split."""
+    if splits == 1:
+        return None
+    rows = query.shape[:-1].numel()
+    shapes = ((splits, rows), (splits, rows), (splits, rows, value.shape[-1]))
+    return tuple(query.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -159,6 +177,9 @@ def _plan(
     if schedule is None:
         shape = Shape(padded, value_padded, dtype.itemsize, not band.open, rows * (groups if packed else 1))
         schedule = schedule_for(target, shape)
+        work = math.prod(query[:-3]) * key[-3] * -(-rows * groups // schedule.rows)
+        if shape.rows <= PACKED_BELOW and skips_surely(spec, rows, keys, symbols):
+            schedule = with_splits(schedule, work, keys, device_of(target).processors)
     fill = float("-inf") if form is None else form.fill
     return Plan(
         schedule=schedule,

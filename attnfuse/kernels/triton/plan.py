@@ -64,6 +64,16 @@ class Plan:
         return self.schedule.keys
 
     @property
+    def splits(self) -> int:
+        """Spans of keys that are computed apart."""
+        return self.schedule.splits
+
+    @property
+    def splits_padded(self) -> int:
+        """The power of two that :func:`attnfuse.kernels.triton.forward.merge` loads them as."""
+        return 1 << (self.schedule.splits - 1).bit_length()
+
+    @property
     def stages(self) -> int:
         """How deep loads are pipelined."""
         return self.schedule.stages

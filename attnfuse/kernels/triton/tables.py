@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.target import Target
 
-__all__ = ["Shape", "backward_schedules", "schedule_for"]
+__all__ = ["Shape", "backward_schedules", "schedule_for", "with_splits"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,26 @@ def schedule_for(target: Target, shape: Shape) -> Schedule:
     if shape.rows <= 64:
         found = replace(found, rows=max(16, min(found.rows, _power(shape.rows))), warps=min(found.warps, 4))
     return replace(found, order="longest first") if shape.banded else found
+
+
+#: Programs that one processor holds while a few rows are decoded.
+_RESIDENT = 2
+_MOST_SPLITS = 128
+
+
+def with_splits(found: Schedule, programs: int, keys: int, processors: int) -> Schedule:
+    """The schedule with keys split where there are too few programs to fill the processors, and more than four tiles.
+
+    The fewest splits whose last wave is within 85% of as full as any (FlashAttention-3's rule).
+    """
+    tiles, slots = -(-keys // found.keys), processors * _RESIDENT
+    if programs >= 0.8 * slots or tiles <= 4:
+        return found
+    filled = {splits: programs * splits / slots for splits in range(1, min(tiles, _MOST_SPLITS) + 1)}
+    efficiency = {splits: waves / math.ceil(waves) for splits, waves in filled.items()}
+    enough = 0.85 * max(efficiency.values())
+    splits = next(splits for splits, share in efficiency.items() if share >= enough)
+    return found if splits == 1 else replace(found, algorithm="split keys", splits=splits, order="plain")
 
 
 def _for_four_bytes(found: Schedule, shape: Shape) -> Schedule:

@@ -50,13 +50,14 @@ SCHEDULES = {
     "descriptors": replace(TILE, loading="descriptor"),
     "query-key ahead": replace(TILE, pipelining="query-key ahead"),
     "weight-value behind": replace(TILE, pipelining="weight-value behind"),
+    "split keys": replace(TILE, algorithm="split keys", splits=5),
     "wide tiles": Schedule(rows=16, keys=64),
 }
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule(schedule: str) -> None:
-    for name in ("causal", "window", "dropout"):
+    for name in ("causal", "window", "sink, finite fill" if "keys" not in schedule else "sink", "dropout"):
         check(case(SPECS[name], replace(SMALL, batch=(1,)), torch.float32), SCHEDULES[schedule])
 
 
