@@ -363,7 +363,7 @@ def forward(
     query, key, value, out, lse, partial, scope, seed, q_at, k_at, v_at, o_at, sizes, band,
     PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``out`` and, where it is asked for, ``lse [b0, b1, h, m]``, contiguous; what :func:`merge` reads of splits."""
+    """Writes ``out`` and, where it is asked for, ``lse [b0, b1, h, m]``; of split keys, what :func:`merge` reads."""
     if PLAN.order == "persistent":
         for work in range(tl.program_id(0), sizes[4], tl.num_programs(0)):
             row_tile(work, query, key, value, out, lse, partial, scope, seed,

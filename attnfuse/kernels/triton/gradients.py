@@ -15,9 +15,11 @@ from attnfuse.derivative import pullback
 from attnfuse.kernels.kernel import Residual
 from attnfuse.kernels.rows import masking_band, skips_surely
 from attnfuse.kernels.schedule import Schedule
-from attnfuse.kernels.triton.launch import capture_strides, on_device, options_of, plan_of, strides_of
+from attnfuse.kernels.triton.launch import on_device, options_of
 from attnfuse.kernels.triton.logit import logit_of
+from attnfuse.kernels.triton.memory import Memory, capture_strides, memory_of
 from attnfuse.kernels.triton.plan import BackwardPlan
+from attnfuse.kernels.triton.planning import plan_of, precision_of
 from attnfuse.kernels.triton.tables import backward_schedules
 from attnfuse.reference import Scope, evaluate, seed_of
 from attnfuse.score import Capture, Const, Expr, S, apply
@@ -97,10 +99,15 @@ class Gradients:
         return seed_of(self.spec, self.captures) if self.spec.dropout else None
 
     @cached_property
+    def memories(self) -> tuple[Memory, ...]:
+        """Of query, key, value and the captures that programs read."""
+        return tuple(map(memory_of, (self.query, self.key, self.value, *self.captures[: len(self.spec.captures)])))
+
+    @cached_property
     def scope(self) -> tuple[Any, ...]:
         """What programs read: captures, their strides, symbols."""
         named = tuple(x.detach() for x in self.captures[: len(self.spec.captures)])
-        return named, capture_strides(self.spec, self.captures), tuple(self.symbols)
+        return named, capture_strides(self.spec, self.memories[3:]), tuple(self.symbols)
 
     @cached_property
     def band(self) -> tuple[int, int]:
@@ -124,11 +131,14 @@ class Gradients:
 
     def strides(self, tensor: Tensor) -> tuple[int, ...]:
         """Those a body takes for a tensor."""
-        return strides_of(tensor, self.batch)
+        return memory_of(tensor).five()
 
     def plan(self, schedule: Schedule, captured: Expr | None = None, reduce: str = "") -> BackwardPlan:
         """The plan of one launch."""
-        base = plan_of(self.spec, self.query, self.key, self.value, self.symbols, schedule)
+        query, key, value, *captures = self.memories
+        target, precision = Target.of(self.query.device), precision_of(self.query.dtype)
+        symbols = tuple(self.symbols)
+        base = plan_of(self.spec, query, key, value, tuple(captures), symbols, target, precision, schedule)
         rows, keys = self.query.shape[-2], self.key.shape[-2]
         surely = skips_surely(self.spec, rows, keys, self.symbols, training=True)
         return BackwardPlan(

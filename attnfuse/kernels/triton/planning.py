@@ -1,0 +1,102 @@
+"""Which plan a problem is given: programs, schedule and the parts of a body that it needs."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+
+from attnfuse.form import ABSORBING, form_of
+from attnfuse.kernels.gpu.cost import device_of
+from attnfuse.kernels.rows import MARGIN, masking_band, rows_kept, skips_surely
+from attnfuse.kernels.schedule import Schedule
+from attnfuse.kernels.triton.logit import logit_of
+from attnfuse.kernels.triton.memory import Memory
+from attnfuse.kernels.triton.plan import Plan
+from attnfuse.kernels.triton.tables import Shape, schedule_for, with_splits
+from attnfuse.spec import AttentionSpec
+from attnfuse.target import Target
+
+__all__ = ["plan_of", "precision_of"]
+
+#: Rows below which the query heads that share a key head are put into one tile.
+PACKED_BELOW = 64
+#: Rows of a tile at most that is bound by memory, so that exact products cost nothing.
+FEW = 16
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: as torch's own products are."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+@lru_cache(maxsize=4096)
+def plan_of(
+    spec: AttentionSpec,
+    query: Memory,
+    key: Memory,
+    value: Memory,
+    captures: tuple[Memory, ...],
+    symbols: tuple[int, ...],
+    target: Target,
+    precision: str,
+    schedule: Schedule | None = None,
+    *,
+    with_lse: bool = False,
+) -> Plan:
+    """The plan of operands in memory; ``schedule`` None leaves it to the target's table."""
+    band, form = masking_band(spec, symbols), form_of(spec.score)
+    rows, keys, groups = query.shape[-2], key.shape[-2], query.shape[-3] // key.shape[-3]
+    logit = logit_of(spec, rows_kept=rows_kept(spec, rows, keys, symbols))
+    packed = groups > 1 and rows <= PACKED_BELOW
+    schedule = schedule or _chosen(spec, query, key, value, symbols, target)
+    fill = float("-inf") if form is None else form.fill
+    return Plan(
+        schedule=schedule,
+        captures=spec.captures,
+        masked_program=logit.masked,
+        core_program=logit.masked if band.open else logit.core,
+        sink_program=None if spec.sink is None else logit.shrunk(spec.sink, spec.captures),
+        exponent=logit.exponent,
+        factor=logit.factor,
+        huge=logit.huge,
+        batch=spec.batch,
+        groups=groups,
+        packed=packed,
+        width=query.shape[-1],
+        value_width=value.shape[-1],
+        padded=_padded(query.shape[-1]),
+        value_padded=_padded(value.shape[-1]),
+        value_minor="n" if value.strides[-1] != 1 and value.strides[-2] == 1 else "d",
+        left=band.left is not None,
+        right=band.right is not None,
+        rest=not band.open and not skips_surely(spec, rows, keys, symbols),
+        floor=max(fill + MARGIN, ABSORBING) / logit.factor,
+        even=keys % schedule.keys == 0,
+        precision="ieee" if packed or rows <= FEW else precision,
+        dropout=spec.dropout,
+        with_lse=with_lse,
+        fast=query.dtype != torch.float32 and target.kind == "cuda",
+        wide=any(keys * each.strides[-1] >= 2**31 for each in captures),
+    )
+
+
+def _chosen(
+    spec: AttentionSpec, query: Memory, key: Memory, value: Memory, symbols: tuple[int, ...], target: Target
+) -> Schedule:
+    rows, keys, groups = query.shape[-2], key.shape[-2], query.shape[-3] // key.shape[-3]
+    widths = _padded(query.shape[-1]), _padded(value.shape[-1])
+    in_tiles = rows * groups if rows <= PACKED_BELOW else rows
+    banded = not masking_band(spec, symbols).open
+    schedule = schedule_for(target, Shape(*widths, query.dtype.itemsize, banded, in_tiles))
+    if in_tiles > PACKED_BELOW or not skips_surely(spec, rows, keys, symbols):
+        return schedule
+    programs = math.prod(key.shape[:-2]) * -(-in_tiles // schedule.rows)
+    return with_splits(schedule, programs, keys, device_of(target).processors)
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
