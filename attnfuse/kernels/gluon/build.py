@@ -1,0 +1,88 @@
+"""A body made machine code: its signature, its options, and the cache of what is compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from attnfuse.kernels.gluon.forward import ROWS, attention_forward
+from attnfuse.kernels.gluon.meta import Meta
+from attnfuse.kernels.triton.program import compiled
+
+__all__ = ["HOPPER", "Source", "build"]
+
+HOPPER = GPUTarget("cuda", 90, 32)
+_TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16}
+_SIZES = ("heads", "group", "kv_batch", "rows", "keys", "left", "right", "row_tiles", "pairs", "together")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a compiled forward depends on: its choices, its types, and the texts of its programs.
+
+    ``dtype`` is Triton's name of the operands' type; ``captures`` and ``strides`` those of the captures' elements and
+    of their strides, a stride of 1 being ``"constexpr"``; ``symbols`` how many sizes programs read.
+    """
+
+    meta: Meta
+    dtype: str
+    program: str | None = None
+    sink: str | None = None
+    captures: tuple[str, ...] = ()
+    strides: tuple[str, ...] = ()
+    symbols: int = 0
+
+
+@cache
+def build(source: Source) -> Any:
+    """The compiled forward. Needs no GPU."""
+    ones = [place for place, kind in enumerate(source.strides) if kind == "constexpr"]
+    strides = attention_forward.arg_names.index("strides")
+    constants: dict[str | tuple[int, ...], Any] = {
+        "meta": source.meta,
+        "program": _function(source.program),
+        "sink": _function(source.sink),
+        **{(strides, place): 1 for place in ones},
+    }
+    found = GluonASTSource(attention_forward, _signature(source), constants)
+    return triton.compile(found, target=HOPPER, options={"num_warps": 4, "maxnreg": source.meta.registers_at_entry})
+
+
+@cache
+def _function(text: str | None) -> Any:
+    def named(*, name: str) -> str:
+        assert text is not None
+        return text.replace("def program(", f"def {name}(")
+
+    return None if text is None else compiled(named, gluon.jit, gl)
+
+
+def _signature(source: Source) -> dict[str, Any]:
+    meta, rows = source.meta, ROWS.value
+    return {
+        "q_desc": _descriptor(source.dtype, rows, meta.head_block),
+        "k_desc": _descriptor(source.dtype, meta.block_n, meta.head_block),
+        "v_desc": _descriptor(source.dtype, meta.block_n, meta.value_block),
+        "o_desc": _descriptor(source.dtype, rows, meta.value_block),
+        "lse": "*fp32",
+        "counter": "*i32",
+        "captures": tuple(f"*{kind}" for kind in source.captures),
+        "strides": source.strides,
+        "symbols": ("i32",) * source.symbols,
+        **dict.fromkeys(_SIZES, "i32"),
+        "scale": "fp32",
+        **dict.fromkeys(("program", "sink", "meta"), "constexpr"),
+    }
+
+
+def _descriptor(dtype: str, rows: int, width: int) -> str:
+    block = [1, 1, rows, width]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[dtype])
+    return f"tensordesc<{dtype}{block},{layout!r}>"

@@ -1,0 +1,168 @@
+"""The kernel ``gluon``: warp-specialised attention on NVIDIA Hopper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import import_module
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attnfuse.kernels.gluon.tuned import BLOCKS
+from attnfuse.kernels.kernel import Kernel
+from attnfuse.kernels.problem import Problem
+from attnfuse.kernels.registry import kernel
+from attnfuse.kernels.rows import band_of
+from attnfuse.kernels.triton import untranslatable
+from attnfuse.reference import attention
+from attnfuse.score import P
+from attnfuse.spec import AttentionSpec
+from attnfuse.target import Target
+
+__all__ = ["Gluon"]
+
+DTYPES = (torch.bfloat16, torch.float16)
+#: Products a second, both counted, by the widest head's tile; measured on one H200, long sequences.
+RATES = {64: 480e12, 128: 630e12, 256: 680e12}
+#: Seconds of a launch, and bytes a second from memory.
+LAUNCH, BANDWIDTH = 12e-6, 4.0e12
+
+
+@kernel
+class Gluon(Kernel):
+    """One warp loads tiles by TMA, two or three warpgroups multiply: :mod:`attnfuse.kernels.gluon.forward`."""
+
+    name: ClassVar[str] = "gluon"
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    gives_lse: ClassVar[bool] = True
+
+    def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
+        """What the body cannot compute, and where it cannot run."""
+        return (*_elsewhere(target), *_programs(problem.spec), *_operands(problem))
+
+    def cost(self, problem: Problem, target: Target) -> float:
+        """Products at the measured rate, masked tiles skipped; at least the bytes."""
+        width = max(problem.query.shape[-1], problem.value.shape[-1])
+        rate = next(rate for block, rate in RATES.items() if width <= block)
+        operands = (problem.query, problem.key, problem.value, *problem.captures)
+        moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in operands)
+        return max(problem.flops * _reached(problem) / rate, moved / BANDWIDTH) + LAUNCH
+
+    def run(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> Tensor:
+        """``out``, laid out as ``[*B, M, H, Dv]``."""
+        if 0 in (*query.shape, *key.shape, *value.shape):
+            return attention(spec, query, key, value, captures, symbols)[0]
+        out, _ = _forward(spec, query, key, value, captures, symbols, with_lse=False)
+        return out
+
+    def run_with_lse(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """``out`` and ``lse``."""
+        if 0 in (*query.shape, *key.shape, *value.shape):
+            return attention(spec, query, key, value, captures, symbols)
+        out, lse = _forward(spec, query, key, value, captures, symbols, with_lse=True)
+        assert lse is not None
+        return out, lse
+
+
+def _forward(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captures: Sequence[Tensor],
+    symbols: Sequence[int],
+    *,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    # Triton is imported where it runs, so that a machine without it can still be told why not
+    from attnfuse.kernels.gluon.launch import forward  # noqa: PLC0415
+
+    if spec.batch:
+        return forward(spec, query, key, value, captures, symbols, with_lse=with_lse)
+    out, lse = forward(spec, query[None], key[None], value[None], captures, symbols, with_lse=with_lse)
+    return out[0], None if lse is None else lse[0]
+
+
+# --- what it refuses --------------------------------------------------------------------------------
+
+
+def _elsewhere(target: Target) -> tuple[str, ...]:
+    if target.arch != "sm90":
+        return (f"its instructions are Hopper's (sm90), the target is {target}",)
+    return _missing()
+
+
+#: Modules of Gluon, and the names in them that the body calls; 3.6 and 3.7 have them.
+_NAMES = {
+    "triton.experimental.gluon.language": ("warp_specialize", "NVMMADistributedLayout", "NVMMASharedLayout"),
+    "triton.experimental.gluon.language.nvidia.hopper": ("warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared"),
+    "triton.experimental.gluon.language.nvidia.hopper.tma": (
+        "async_copy_global_to_shared", "async_copy_shared_to_global", "store_wait",
+    ),
+    "triton.experimental.gluon.language.nvidia.hopper.mbarrier": ("expect", "arrive", "wait", "init"),
+}  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _missing() -> tuple[str, ...]:
+    for name, wanted in _NAMES.items():
+        try:
+            module = import_module(name)
+        except ImportError as error:
+            return (f"Triton with Gluon is not installed ({error})",)
+        if lacking := [each for each in wanted if not hasattr(module, each)]:
+            return (f"this Triton's Gluon has no {', '.join(lacking)} in {name}; 3.6 and 3.7 have",)
+    return ()
+
+
+def _programs(spec: AttentionSpec) -> tuple[str, ...]:
+    reasons = [
+        (spec.weight != P, "it has no weight program"),
+        (spec.dropout > 0, "it has no dropout"),
+        (spec.batch > 1, f"it takes one batch dimension, not {spec.batch}"),
+    ]
+    programs = (spec.score, *([] if spec.sink is None else [spec.sink]))
+    return (
+        *(reason for holds, reason in reasons if holds),
+        *(reason for program in programs for reason in untranslatable(program)),
+    )
+
+
+def _operands(problem: Problem) -> tuple[str, ...]:
+    dtypes = {problem.query.dtype, problem.key.dtype, problem.value.dtype}
+    widths = (problem.query.shape[-1], problem.value.shape[-1])
+    reasons = [
+        (len(dtypes) > 1 or not dtypes <= set(DTYPES), "it needs operands of one half type, bfloat16 or float16"),
+        (any(width % 8 for width in widths), f"it loads 16 bytes at a time, and heads are {widths} wide"),
+        (max(widths) > BLOCKS[-1], f"its tiles are at most {BLOCKS[-1]} wide, and heads are {widths} wide"),
+        (problem.training, "it has no backward"),
+    ]
+    return tuple(reason for holds, reason in reasons if holds)
+
+
+def _reached(problem: Problem) -> float:
+    """The share of scores in tiles that the mask's band does not skip."""
+    band = band_of(problem.spec, problem.symbols)
+    if band.open or not problem.scores:
+        return 1.0
+    spans = (band.reach(first, min(first + 128, problem.rows), problem.keys) for first in range(0, problem.rows, 128))
+    return min(1.0, sum(128 * (stop - start) for start, stop in spans) / (problem.rows * problem.keys))

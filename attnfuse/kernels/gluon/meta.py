@@ -1,0 +1,48 @@
+"""The compile-time choices of a body."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+__all__ = ["Meta"]
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a forward knows when it is compiled: first what tuning chooses, then facts of the attention.
+
+    ``head_block`` and ``value_block`` are the widths of tiles, ``block_n`` their keys, ``stages`` how many of each are
+    in shared memory. ``consumers`` warpgroups have ``registers`` each. ``overlapped`` runs one tile's softmax beside
+    another's product, and ``held`` keeps ptxas from undoing it. ``shared_out`` lets the output leave through the
+    query's room. A ``persistent`` grid is one block a multiprocessor, and takes its work in order or, ``dynamic``,
+    from a counter; ``longest_first`` orders it for a causal mask.
+    """
+
+    head_block: int
+    value_block: int
+    block_n: int = 128
+    stages: int = 2
+    consumers: int = 2
+    registers: int = 240
+    overlapped: bool = True
+    held: bool = True
+    shared_out: bool = False
+    persistent: bool = True
+    dynamic: bool = False
+    longest_first: bool = False
+    #: The band is closed on the left, on the right; the last tile is not full of keys.
+    left: bool = False
+    right: bool = False
+    ragged: bool = False
+    #: Logits may be as large as floats are (:class:`attnfuse.kernels.triton.Logit`).
+    huge: bool = False
+    lse: bool = False
+
+    @property
+    def registers_at_entry(self) -> int:
+        """Of each thread: a multiprocessor's, shared by consumers and producer alike, in steps of 8."""
+        return 65536 // (128 * (self.consumers + 1)) // 8 * 8
+
+    def having(self, **facts: bool) -> Meta:
+        """These choices, for an attention of which these facts are known."""
+        return replace(self, **facts)

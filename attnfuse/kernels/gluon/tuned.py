@@ -1,0 +1,50 @@
+"""Which choices are fast: measured on one H200 (NOTES.md says how)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from attnfuse.kernels.gluon.meta import Meta
+
+__all__ = ["BLOCKS", "tuned"]
+
+#: Widths of a tile; a head's is rounded up, and what is beyond it reads as zero.
+BLOCKS = (64, 128, 256)
+
+#: By the widths of query and value tiles, with registers for any program.
+_TABLE: dict[tuple[int, int], Meta] = {
+    (64, 64): Meta(64, 64, stages=3),
+    (64, 128): Meta(64, 128),
+    (64, 256): Meta(64, 256, block_n=64),
+    (128, 64): Meta(128, 64),
+    (128, 128): Meta(128, 128),
+    (128, 256): Meta(128, 256, block_n=64),
+    (256, 64): Meta(256, 64, block_n=64),
+    (256, 128): Meta(256, 128, block_n=64),
+    (256, 256): Meta(256, 256, block_n=64, held=False, shared_out=True),
+}
+_THREE_64 = Meta(64, 64, consumers=3, registers=160, stages=3, held=False)
+_THREE_128 = Meta(128, 128, consumers=3, registers=160, overlapped=False, shared_out=True)
+#: Keys from which 192 rows to a block are as good as 128 behind a causal mask: fewer bytes, more masked scores.
+_LONG_CAUSAL = 12288
+
+
+def tuned(width: int, value_width: int, keys: int, *, left: bool, right: bool, program: bool) -> Meta:
+    """The choices for heads of these widths, up to 256, behind a band that is open or closed on either side.
+
+    ``program`` says that scores pass through one, which needs registers.
+    """
+    blocks = _block(width), _block(value_width)
+    meta = _TABLE[blocks]
+    if blocks == (64, 64) and not program:
+        meta = _THREE_64 if not right or keys >= _LONG_CAUSAL else replace(_THREE_64, overlapped=False)
+    if blocks == (128, 128) and not program and (not right or keys >= _LONG_CAUSAL):
+        meta = _THREE_128
+    if blocks == (256, 256):
+        # long blocks: the hardware's own order is the best
+        return replace(meta, persistent=False, longest_first=right and not left)
+    return replace(meta, dynamic=right, longest_first=right and not left)
+
+
+def _block(width: int) -> int:
+    return next(block for block in BLOCKS if width <= block)

@@ -1,0 +1,93 @@
+"""Where the kernel cannot run and what it cannot compute, in sentences; no Triton is needed to be told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from attnfuse.kernels import Operand, Problem, lookup
+from attnfuse.kernels.gluon import hopper
+from attnfuse.score import parse
+from attnfuse.spec import AttentionSpec
+from attnfuse.target import Target
+from tests.kernels.cases import SIZES, SPECS, case
+
+HOPPER = Target.parse("cuda:sm90")
+HALF = Operand((2, 4, 512, 128), torch.bfloat16)
+PLAIN = Problem(SPECS["scaled"], HALF, HALF, HALF)
+
+
+@pytest.fixture
+def gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Triton were installed."""
+    monkeypatch.setattr(hopper, "_missing", lambda: ())
+
+
+def reasons(problem: Problem, target: Target = HOPPER) -> tuple[str, ...]:
+    return lookup("gluon").refuses(problem, target)
+
+
+@pytest.mark.usefixtures("gluon")
+def test_plain_attention_is_not_refused() -> None:
+    assert reasons(PLAIN) == ()
+
+
+@pytest.mark.usefixtures("gluon")
+def test_every_spec_of_one_batch_without_weights_or_dropout() -> None:
+    refused = {name for name in SPECS if reasons(case(SPECS[name], SIZES["grouped heads"], torch.bfloat16).problem())}
+    assert refused == {"weights squared", "dropout", "everything"}
+
+
+@pytest.mark.usefixtures("gluon")
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (replace(PLAIN, query=replace(HALF, dtype=torch.float32)), "one half type"),
+        (replace(PLAIN, key=replace(HALF, dtype=torch.float16)), "one half type"),
+        (replace(PLAIN, value=replace(HALF, shape=(2, 4, 512, 50))), "16 bytes at a time"),
+        (replace(PLAIN, value=replace(HALF, shape=(2, 4, 512, 264))), "at most 256 wide"),
+        (replace(PLAIN, value=replace(HALF, requires_grad=True)), "no backward"),
+        (replace(PLAIN, spec=AttentionSpec(parse("s"), dropout=0.5)), "no dropout"),
+        (replace(PLAIN, spec=AttentionSpec(parse("s"), parse("p * p"))), "no weight program"),
+        (replace(PLAIN, spec=AttentionSpec(parse("s"), batch=2)), "one batch dimension"),
+        (replace(PLAIN, spec=AttentionSpec(parse("s ** s"))), "raises to a power"),
+    ],
+)
+def test_what_it_cannot_compute(problem: Problem, reason: str) -> None:
+    assert any(reason in each for each in reasons(problem)), reasons(problem)
+
+
+@pytest.mark.usefixtures("gluon")
+@pytest.mark.parametrize("target", ["cuda", "cuda:sm80", "cuda:sm100"])
+def test_only_on_hopper(target: str) -> None:
+    (reason,) = reasons(PLAIN, Target.parse(target))
+    assert "sm90" in reason
+    assert target in reason
+
+
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(hopper, "import_module", absent)
+    hopper._missing.cache_clear()
+    (reason,) = reasons(PLAIN)
+    hopper._missing.cache_clear()
+    assert "Triton with Gluon is not installed" in reason
+
+
+def test_a_gluon_of_other_names_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "import_module", lambda name: object())
+    hopper._missing.cache_clear()
+    (reason,) = reasons(PLAIN)
+    hopper._missing.cache_clear()
+    assert "has no warp_specialize" in reason
+
+
+def test_a_causal_mask_costs_half() -> None:
+    long = Operand((1, 16, 16384, 128), torch.bfloat16)
+    full, causal = (Problem(SPECS[name], long, long, long) for name in ("scaled", "causal"))
+    kernel = lookup("gluon")
+    assert 0.45 < kernel.cost(causal, HOPPER) / kernel.cost(full, HOPPER) < 0.6
