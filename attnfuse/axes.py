@@ -11,13 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import sympy
 
-__all__ = ["Axis", "Index", "Size", "Space", "Unreadable", "product", "same_size"]
+__all__ = ["Axis", "Index", "Minor", "Size", "Space", "Unreadable", "product", "same_size"]
 
 Size: TypeAlias = int | sympy.Expr
+
+#: Which of an operand's last two dimensions, rows ``n`` or columns ``d``, is contiguous in memory.
+Minor = Literal["d", "n"]
 
 
 class Unreadable(Exception):

@@ -19,9 +19,11 @@ from attnfuse.graph.state import State as GraphState
 from attnfuse.graph.text import render
 from attnfuse.graph.verify import verify
 from attnfuse.kernels import Numerics, lookup
+from attnfuse.layouts import Reads, copies_for, place, rearrange, refreshed
 from attnfuse.passes.certify import Effort, Replay, certify
 from attnfuse.passes.lift import Constants, Given, lift
 from attnfuse.passes.lower import Plan, Wishes, apply, at_sizes, plan
+from attnfuse.passes.place import Decision, described
 from attnfuse.passes.simplify import simplify
 from attnfuse.passes.site import Attention, Site
 from attnfuse.passes.tidy import tidy
@@ -87,12 +89,16 @@ Item = Site | Attention | Plan | Checked | Fused | Refused
 
 @dataclass(frozen=True)
 class State:
-    """What the stages work on. ``replaced`` are the sites that lower has put a fused node for."""
+    """What the stages work on.
+
+    ``decisions`` are about the layouts of operands; ``replaced`` are the sites that lower has put a fused node for.
+    """
 
     captured: Captured
     options: Options
     wishes: Wishes
     items: tuple[Item, ...] = ()
+    decisions: tuple[Decision, ...] = ()
     replaced: tuple[Site, ...] = ()
     certificates: dict[str, Certificate] = field(default_factory=dict)
 
@@ -137,7 +143,7 @@ def _fuse_one(gm: GraphModule, options: Options, known: GraphState | None) -> Re
     state, seconds = run(STAGES, state, show=_show, check=_check, print_after=options.print_after)
     gm.recompile()
     sites = tuple(item for item in state.items if isinstance(item, (Fused, Refused)))
-    return Report(sites, str(target), seconds)
+    return Report(sites, str(target), seconds, tuple(map(described, state.decisions)))
 
 
 def _target(gm: GraphModule, options: Options) -> Target:
@@ -186,6 +192,13 @@ def _bug(doing: str, error: Exception, node: Node) -> Refused:
     return Refused(reason, node.name, facts.source_line(node), "please report it")
 
 
+def _place(state: State) -> State:
+    plans = [item for item in state.items if isinstance(item, Plan)]
+    new, decisions = place(plans, state.captured, state.wishes)
+    fitting = dict(zip(map(id, plans), new, strict=True))
+    return replace(state, items=tuple(fitting.get(id(item), item) for item in state.items), decisions=decisions)
+
+
 def _certify(state: State) -> State:
     return replace(state, items=tuple(_checked(i, state) if isinstance(i, Plan) else i for i in state.items))
 
@@ -212,25 +225,30 @@ def _replay(item: Plan, state: State) -> Replay:
 
 
 def _lower(state: State) -> State:
-    done = tuple(_lowered(item, state) if isinstance(item, Checked) else item for item in state.items)
-    replaced = tuple(
-        before.plan.attention.site
-        for before, after in zip(state.items, done, strict=True)
-        if isinstance(before, Checked) and isinstance(after, Fused)
-    )
-    return replace(state, items=done, replaced=replaced)
+    fuelled = tuple(_fuelled(item) if isinstance(item, Checked) else item for item in state.items)
+    sites = [item.plan.attention.site for item in fuelled if isinstance(item, Checked)]
+    reads = rearrange(state.decisions, [site.node for site in sites], state.captured)
+    done = tuple(_lowered(item, state, reads) if isinstance(item, Checked) else item for item in fuelled)
+    return replace(state, items=done, replaced=tuple(sites))
 
 
-def _lowered(item: Checked, state: State) -> Fused | Refused:
+def _fuelled(item: Checked) -> Checked | Refused:
     site = item.plan.attention.site
-    line = facts.source_line(site.softmax)
-    if not FUEL.take():
-        return Refused("no optimisation fuel is left", site.softmax.name, line, f"raise {FUEL.variable}")
-    apply(item.plan, state.captured)
+    if FUEL.take():
+        return item
+    return Refused(
+        "no optimisation fuel is left", site.softmax.name, facts.source_line(site.softmax), f"raise {FUEL.variable}"
+    )
+
+
+def _lowered(item: Checked, state: State, reads: Reads) -> Fused:
+    site = item.plan.attention.site
+    apply(item.plan, state.captured, reads[site.node])
     spec, problem = item.plan.attention.spec, item.plan.problem
+    operands = {"query": problem.query, "key": problem.key, "value": problem.value}
     return Fused(
         node=site.node.name,
-        source=line,
+        source=facts.source_line(site.softmax),
         spec=spec.to_text(),
         what=describe(spec),
         shape=f"q{list(problem.query.shape)} k{list(problem.key.shape)} v{list(problem.value.shape)}",
@@ -238,6 +256,8 @@ def _lowered(item: Checked, state: State) -> Fused | Refused:
         seconds=item.plan.choice.seconds,
         certificate=item.certificate,
         notes=_notes(item.plan),
+        layouts={name: operand.minor for name, operand in operands.items()},
+        copies=copies_for(site.node, state.decisions),
     )
 
 
@@ -251,6 +271,7 @@ def _notes(item: Plan) -> tuple[str, ...]:
 def _tidy(state: State) -> State:
     writes = frozenset(node for site in state.replaced for node in site.interior if facts.is_mutating(node))
     tidy(state.captured, [site.node for site in state.replaced], writes)
+    refreshed(state.decisions, state.captured)
     return state
 
 
@@ -259,6 +280,7 @@ STAGES: tuple[Stage[State], ...] = (
     Stage("lift", _lift),
     Stage("simplify", _simplify),
     Stage("choose", _choose),
+    Stage("place", _place),
     Stage("certify", _certify),
     Stage("lower", _lower),
     Stage("tidy", _tidy),

@@ -34,16 +34,16 @@ from attnfuse.spec import AttentionSpec
 __all__ = ["attention"]
 
 _LIBRARY = torch.library.Library("attnfuse", "DEF")
-# kernels read any strides, so a compiler need not copy operands into the strides it traced
+# kernels read any strides, but how fast depends on them: those that the graph chose are to reach the kernel
 _LIBRARY.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor[] captures, SymInt[] symbols, str spec, str kernel, "
     "bool return_lse=False) -> (Tensor out, Tensor lse)",
-    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 _LIBRARY.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
     "Tensor lse, Tensor[] captures, SymInt[] symbols, str spec, str kernel, bool[] needs) -> Tensor[] gradients",
-    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 
 _spec = lru_cache(maxsize=4096)(AttentionSpec.from_text)

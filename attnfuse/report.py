@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from attnfuse.errors import Refused
 
-__all__ = ["Certificate", "Fused", "Report", "Site", "grouped"]
+__all__ = ["Certificate", "Fused", "Lying", "Region", "Report", "Site", "grouped"]
 
 #: What tells ``matmul_3`` and ``matmul_5`` apart.
 _NUMBER = re.compile(r"_\d+\b")
@@ -39,7 +39,9 @@ class Fused:
     """One site that was replaced. ``spec`` is its text; ``what`` its features in words.
 
     ``seconds`` are the gate's estimates: ``{"kernel": 0.001, "unfused": 0.004}``; ``notes`` are what a
-    careful user must know (dropout's random stream, "fast" numerics).
+    careful user must know (dropout's random stream, "fast" numerics). ``layouts`` says of each operand whether its
+    columns, ``"d"``, or its rows, ``"n"``, are contiguous; ``copies`` how many tensors were copied for that in the
+    source, and how many are.
     """
 
     node: str
@@ -51,6 +53,38 @@ class Fused:
     seconds: dict[str, float] = field(default_factory=dict)
     certificate: Certificate = field(default_factory=Certificate)
     notes: tuple[str, ...] = ()
+    layouts: dict[str, str] = field(default_factory=dict)
+    copies: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Lying:
+    """A value, how it lies in the source and how it lies now; ``reads`` are the values it is made of, by number.
+
+    ``seconds`` is the price of having it so, ``copied`` that of the copies of it that others read.
+    """
+
+    name: str
+    what: str
+    before: str
+    now: str
+    reads: tuple[int, ...] = ()
+    seconds: float = 0.0
+    copied: float = 0.0
+
+
+@dataclass(frozen=True)
+class Region:
+    """The values that the operands of some fused nodes come from, and how each lies.
+
+    ``seconds`` are what layouts cost by different rules: ``chosen``; ``fold`` leaves all as it is and lets kernels
+    read it so; ``copy`` copies the operands that a kernel wants otherwise; ``propagate`` turns all that can be.
+    """
+
+    sites: tuple[str, ...]
+    values: tuple[Lying, ...]
+    copies: tuple[int, int]
+    seconds: dict[str, float]
 
 
 Site = Fused | Refused
@@ -59,11 +93,12 @@ S = TypeVar("S", bound=Fused | Refused)
 
 @dataclass(frozen=True)
 class Report:
-    """All sites of one graph in graph order, with the time each stage took in seconds."""
+    """All sites of one graph in graph order, the time each stage took in seconds, and where layouts were a question."""
 
     sites: tuple[Site, ...] = ()
     target: str = "cpu"
     stages: dict[str, float] = field(default_factory=dict)
+    regions: tuple[Region, ...] = ()
 
     @property
     def fused(self) -> tuple[Fused, ...]:
@@ -79,12 +114,13 @@ class Report:
         """Two graphs of one program (sub-modules, graph breaks) as one report."""
         keys = {**self.stages, **other.stages}
         stages = {key: self.stages.get(key, 0.0) + other.stages.get(key, 0.0) for key in keys}
-        return Report(self.sites + other.sites, self.target, stages)
+        return Report(self.sites + other.sites, self.target, stages, self.regions + other.regions)
 
     def to_json(self) -> str:
         """The whole report; each site carries ``"fused": true`` or ``false``."""
         sites = [{"fused": isinstance(site, Fused), **asdict(site)} for site in self.sites]
-        return json.dumps({"target": self.target, "stages": self.stages, "sites": sites}, indent=1)
+        regions = [asdict(region) for region in self.regions]
+        return json.dumps({"target": self.target, "stages": self.stages, "sites": sites, "regions": regions}, indent=1)
 
     def __str__(self) -> str:
         head = f"attention sites: {len(self.sites)}, fused: {len(self.fused)}, refused: {len(self.refused)}"
@@ -105,6 +141,14 @@ def _grouped(sites: tuple[Site, ...]) -> list[str]:
     return [f"  {len(members):>3} x {_line(members[0])}  ({_names(members)})" for members in grouped(sites)]
 
 
+def _layouts(site: Fused) -> str:
+    """What is worth a word about layouts: operands whose rows are contiguous, and copies."""
+    turned = [f"{name}^T" for name, minor in site.layouts.items() if minor == "n"]
+    before, now = site.copies
+    counted = [f"copies {before} -> {now}"] if before or now else []
+    return f" ({', '.join([*turned, *counted])})" if turned or counted else ""
+
+
 def _names(members: list[Site]) -> str:
     first = members[0].node
     return first if len(members) == 1 else f"{first} ... {members[-1].node}"
@@ -113,7 +157,7 @@ def _names(members: list[Site]) -> str:
 def _line(site: Site) -> str:
     match site:
         case Fused():
-            return f"fused    {site.what} {site.shape} -> {site.kernel}"
+            return f"fused    {site.what} {site.shape} -> {site.kernel}{_layouts(site)}"
         case Refused():
             where = f" at {site.source}" if site.source else ""
             return f"refused  {site.reason}{where}{'; ' + site.remedy if site.remedy else ''}"

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from attnfuse.axes import Axis, Index, Size
+from attnfuse.axes import Axis, Index, Minor, Size
 from attnfuse.kernels import Source
 from attnfuse.score import Capture, Expr, walk
 from attnfuse.spec import AttentionSpec, EmptyRows, Normaliser
 
-__all__ = ["Attention", "Layout", "Leaf", "Operand", "Place", "Site"]
+__all__ = ["Attention", "Demand", "Layout", "Leaf", "Operand", "Place", "Site"]
 
 #: Where in a tensor: one index for each of its dimensions.
 Place = tuple[Index, ...]
@@ -148,3 +148,26 @@ class Attention:
     def layouts(self) -> tuple[Layout, ...]:
         """Query, key, value and the captures, in slot order."""
         return (self.query, self.key, self.value, *self.captures)
+
+
+@dataclass(frozen=True, eq=False)
+class Demand:
+    """A tensor that a fused node will read, and the seconds of its kernel with the tensor in each layout.
+
+    ``columns`` is the dimension that is contiguous when it is d-minor, ``rows`` the one when it is n-minor;
+    ``operands`` say what the node reads it as, query, key or value, and ``today`` how it lies.
+    """
+
+    site: Site
+    operands: tuple[str, ...]
+    node: Node
+    columns: int
+    rows: int
+    today: Minor
+    d: float
+    n: float
+
+    @property
+    def is_better_turned(self) -> bool:
+        """Whether the kernel would be faster with the other layout."""
+        return self.d > self.n if self.today == "d" else self.n > self.d

@@ -36,7 +36,8 @@ __all__ = ["Captured", "capture", "fake_mode_of"]
 class Captured:
     """``module`` is edited, ``aten`` is read; ``home`` leads from a node of ``aten`` to the one whose value it is.
 
-    Values inside one call of ``module``, such as multi_head_attention_forward, have no home until it is opened.
+    Values inside one call of ``module``, such as multi_head_attention_forward, have no home until it is opened. Where
+    ``aten`` is the edited graph, a node is its own home unless it was replaced.
     """
 
     module: GraphModule
@@ -63,6 +64,14 @@ class Captured:
         """The value that a node of ``aten`` has for good; None where it may have another."""
         return self.state.constants.get(node.name) if self.is_aten and node.op == "placeholder" else None
 
+    def place_of(self, node: Node) -> Node | None:
+        """The edited graph's node with the value of a node of ``aten``, where no call must be opened for it."""
+        return self.home.get(node, node if self.is_aten else None)
+
+    def moved(self, node: Node, home: Node) -> None:
+        """Notes that the value of a node of ``aten`` is another node's of the edited graph from now on."""
+        self.home[node] = home
+
     def value(self, node: Node) -> object:
         """The fake value of a node of ``aten``; only the edited graph's values know whether they need a gradient."""
         if self.is_aten or node not in self.closed or node in self.home:
@@ -72,7 +81,7 @@ class Captured:
     def at_home(self, node: Node) -> Node:
         """The edited graph's node with the value of a node of ``aten``; a call that is closed around it is opened."""
         if self.is_aten:
-            return node
+            return self.home.get(node, node)
         if node not in self.home:
             self.closed[node].open(self.home)
         return self.home[node]

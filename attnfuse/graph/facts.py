@@ -20,6 +20,7 @@ __all__ = [
     "dtype",
     "hint",
     "hint_of",
+    "hint_of_size",
     "is_aten",
     "is_mutating",
     "is_parameter",
@@ -98,15 +99,16 @@ def size_of(number: object) -> Size:
 
 def hint(node: Node) -> tuple[int, ...]:
     """A tensor's sizes with each symbol replaced by the value it was traced with."""
-    return tuple(_hint(size) for size in tensor(node).shape)
+    return tuple(hint_of_size(size) for size in tensor(node).shape)
 
 
 def hint_of(node: Node) -> int:
     """The number that a node which computes a size was traced with."""
-    return _hint(value(node))
+    return hint_of_size(value(node))
 
 
-def _hint(size: int | torch.SymInt) -> int:
+def hint_of_size(size: int | torch.SymInt) -> int:
+    """The number that a size was traced with."""
     if isinstance(size, int):
         return size
     known = size.node.hint

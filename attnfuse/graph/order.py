@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
 from attnfuse.graph import facts
 
-__all__ = ["Order", "Write", "storage"]
+__all__ = ["Order", "Write", "gone_with", "storage"]
 
 #: ATen operations whose result may share its input's storage.
 _ALIASING = frozenset(
@@ -81,6 +81,15 @@ def _live(nodes: list[Node]) -> frozenset[Node]:
         if node.op == "output" or facts.is_mutating(node) or any(user in live for user in node.users):
             live.add(node)
     return frozenset(live)
+
+
+def gone_with(graph: Graph, replaced: Collection[Node]) -> frozenset[Node]:
+    """The nodes that nobody will need once ``replaced`` are."""
+    gone = set(replaced)
+    for node in reversed(graph.nodes):
+        if node.users and not facts.is_mutating(node) and gone.issuperset(node.users):
+            gone.add(node)
+    return frozenset(gone)
 
 
 def _targets(node: Node) -> Iterator[Node]:

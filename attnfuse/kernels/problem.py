@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from attnfuse.axes import Minor
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["Numerics", "Operand", "Problem", "Source"]
@@ -23,11 +24,16 @@ Source = Literal["written", "sdpa", "sdpa causal", "sdpa masked", "flex"]
 
 @dataclass(frozen=True)
 class Operand:
-    """Shape (symbolic sizes replaced by their hints), dtype and whether a gradient may be asked for."""
+    """Shape (symbolic sizes replaced by their hints), dtype and whether a gradient may be asked for.
+
+    ``minor`` says which of the last two dimensions is contiguous in memory: ``"d"``, the last, as in
+    ``[*B, H, N, D]``, or ``"n"``, the one before it, as in a transposed view of ``[*B, H, D, N]``.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool = False
+    minor: Minor = "d"
 
 
 @dataclass(frozen=True)

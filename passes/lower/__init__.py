@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnfuse.passes.lower.apply import apply
-from attnfuse.passes.lower.choose import Plan, Wishes, at_sizes, plan
+from attnfuse.passes.lower.choose import Plan, Wishes, at_sizes, plan, relaid
+from attnfuse.passes.lower.layouts import demands
 
-__all__ = ["Plan", "Wishes", "apply", "at_sizes", "plan"]
+__all__ = ["Plan", "Wishes", "apply", "at_sizes", "demands", "plan", "relaid"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from attnfuse.axes import Axis, product, same_size
+from attnfuse.axes import Axis, Minor, product, same_size
 from attnfuse.errors import NoKernel, Refused
 from attnfuse.graph import facts
 from attnfuse.graph.build import UnknownSize
@@ -19,7 +19,7 @@ from attnfuse.passes.lower.replacement import Draft, draft, finished
 from attnfuse.passes.site import Attention
 from attnfuse.target import Target
 
-__all__ = ["Plan", "Wishes", "at_sizes", "plan"]
+__all__ = ["Plan", "Wishes", "at_sizes", "plan", "relaid"]
 
 #: More rows than any program has, for proofs that must hold for every number of rows.
 _MANY = 2**40
@@ -74,6 +74,33 @@ def plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Ref
         reason = f"no kernel is faster: {choice.kernel} is estimated at {ours:.2g} s, {what} at {theirs:.2g} s"
         return _refusal(attention, reason, "profit=False fuses all the same")
     return _planned(attention, start, problem, choice, wishes)
+
+
+def relaid(chosen: Plan, orders: Mapping[Node, Sequence[int]], wishes: Wishes) -> Plan:
+    """The plan with some inputs' dimensions in another order in memory, and the kernel that is fastest then.
+
+    Raises :class:`NoKernel` when none can compute it so.
+    """
+    standing = dict(zip(chosen.inputs, map(facts.value, _placeholders(chosen.replacement)), strict=True))
+
+    def value(node: Node) -> object:
+        return _lying(standing[node], orders[node]) if node in orders else standing[node]
+
+    start = draft(chosen.attention, value)
+    problem = _problem(chosen.attention, start.operands, wishes)
+    choice = choose(problem, wishes.target, wishes.kernel, portable=wishes.portable)
+    return _planned(chosen.attention, start, problem, choice, wishes)
+
+
+def _lying(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """A dense tensor like another, its dimensions in that order in memory, outermost first."""
+    made = tensor.new_empty([tensor.shape[dim] for dim in order])
+    turned = made.permute([order.index(dim) for dim in range(len(order))])
+    return turned.requires_grad_() if tensor.requires_grad else turned
+
+
+def _placeholders(module: GraphModule) -> list[Node]:
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
 
 
 def _planned(attention: Attention, start: Draft, problem: Problem, choice: Choice, wishes: Wishes) -> Plan:
@@ -137,4 +164,8 @@ def _rows_kept(attention: Attention, query: Node, key: Node) -> bool:
 
 
 def _operand(node: Node) -> Operand:
-    return Operand(facts.hint(node), facts.dtype(node), facts.tensor(node).requires_grad)
+    columns, rows = (
+        facts.hint_of_size(facts.tensor(node).stride(dim)) if facts.rank(node) > 1 else 1 for dim in (-1, -2)
+    )
+    minor: Minor = "n" if rows == 1 and columns != 1 else "d"
+    return Operand(facts.hint(node), facts.dtype(node), facts.tensor(node).requires_grad, minor)

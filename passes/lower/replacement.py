@@ -13,10 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnfuse.graph import facts
 from attnfuse.graph.build import Builder
+from attnfuse.graph.strides import laid_out_like, matters
 from attnfuse.kernels import Kernel
 from attnfuse.op import attention as attention_op
 from attnfuse.passes.lower.operands import Operands, build_operands, nearest, restore
-from attnfuse.passes.lower.strides import laid_out_like, matters
 from attnfuse.passes.site import Attention
 from attnfuse.spec import AttentionSpec
 

@@ -59,7 +59,7 @@ def test_layers_share_a_line_though_their_nodes_are_numbered() -> None:
 
 def test_an_empty_report_says_so() -> None:
     assert str(Report()) == "attention sites: 0, fused: 0, refused: 0"
-    assert json.loads(Report().to_json()) == {"target": "cpu", "stages": {}, "sites": []}
+    assert json.loads(Report().to_json()) == {"target": "cpu", "stages": {}, "sites": [], "regions": []}
 
 
 def test_json_carries_everything() -> None:

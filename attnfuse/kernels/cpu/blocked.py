@@ -19,6 +19,7 @@ from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.forward import Forward
 from attnfuse.kernels.cpu.functional import attend_by_rows
 from attnfuse.kernels.kernel import Kernel, Residual
+from attnfuse.kernels.prices import factor
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel
 from attnfuse.reference import attention
@@ -51,7 +52,7 @@ class Blocked(Kernel):
 
     def cost(self, problem: Problem, target: Target) -> float:
         """See :mod:`attnfuse.kernels.cost`."""
-        return cost.blocked(problem)
+        return cost.blocked(problem) * factor(self.name, problem, target)
 
     def run(
         self,

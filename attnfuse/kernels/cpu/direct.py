@@ -17,6 +17,7 @@ from attnfuse.kernels import cost
 from attnfuse.kernels.cpu.blocked import Blocked
 from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.functional import attend_whole
+from attnfuse.kernels.prices import factor
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel
 from attnfuse.spec import AttentionSpec
@@ -33,7 +34,7 @@ class Direct(Blocked):
 
     def cost(self, problem: Problem, target: Target) -> float:
         """See :mod:`attnfuse.kernels.cost`."""
-        return cost.direct(problem)
+        return cost.direct(problem) * factor(self.name, problem, target)
 
     def run(
         self,

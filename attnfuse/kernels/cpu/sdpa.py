@@ -21,6 +21,7 @@ from attnfuse.errors import BadProgram
 from attnfuse.form import ABSORBING, Form, form_of
 from attnfuse.kernels import cost
 from attnfuse.kernels.kernel import Kernel, Residual
+from attnfuse.kernels.prices import factor
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel, lookup
 from attnfuse.kernels.rows import Band, band_of, rows_kept
@@ -55,8 +56,8 @@ class Sdpa(Kernel):
         return _slow_path(problem)
 
     def cost(self, problem: Problem, target: Target) -> float:
-        """See :mod:`attnfuse.kernels.cost`."""
-        return cost.sdpa(problem)
+        """See :mod:`attnfuse.kernels.cost`; ATen's fast path takes operands whose columns are contiguous."""
+        return cost.sdpa(problem) * factor(self.name, problem, target)
 
     def run(
         self,

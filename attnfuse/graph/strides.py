@@ -6,13 +6,15 @@ is contiguous as ``[*B, H, M, D]``, and a later ``view`` may work on that alone.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch.fx import Node
 
 from attnfuse.graph import facts
 from attnfuse.graph.build import Builder
 
-__all__ = ["laid_out_like", "matters"]
+__all__ = ["laid_out_like", "matters", "memory_order", "ordered"]
 
 #: Operations whose result does not depend on how their operands lie in memory.
 _FORGETTING = frozenset(
@@ -33,13 +35,16 @@ _PASSING = frozenset(
 )
 
 
-def matters(node: Node) -> bool:
-    """Whether a user, through operations that hand the layout on, may rely on it; what is not known, may."""
+def matters(node: Node, ignored: Collection[Node] = ()) -> bool:
+    """Whether a user, through operations that hand the layout on, may rely on it; what is not known, may.
+
+    ``ignored`` users are known not to.
+    """
     seen, stack = {node}, [node]
     while stack:
         for user in stack.pop().users:
             name = facts.op_name(user)
-            if user in seen or name in _FORGETTING:
+            if user in seen or user in ignored or name in _FORGETTING:
                 continue
             if name not in _PASSING:
                 return True
@@ -53,9 +58,18 @@ def laid_out_like(builder: Builder, node: Node, source: Node) -> Node:
     wanted = facts.tensor(source)
     if facts.tensor(node).stride() == wanted.stride():
         return node
-    strides = wanted.stride()
-    order = sorted(range(wanted.dim()), key=lambda dim: (-strides[dim], dim))
-    outward = builder.call(torch.ops.aten.permute.default, node, order) if order != sorted(order) else node
+    return ordered(builder, node, memory_order(wanted.stride()))
+
+
+def memory_order(strides: Sequence[int]) -> tuple[int, ...]:
+    """Dimensions in their order in memory, outermost first; expanded ones lie outside of all others."""
+    return tuple(sorted(range(len(strides)), key=lambda dim: (bool(strides[dim]), -strides[dim], dim)))
+
+
+def ordered(builder: Builder, node: Node, order: Sequence[int]) -> Node:
+    """A dense copy of ``node`` whose dimensions lie in memory in that order."""
+    straight = list(order) == sorted(order)
+    outward = node if straight else builder.call(torch.ops.aten.permute.default, node, list(order))
     copy = builder.call(torch.ops.aten.clone.default, outward, memory_format=torch.contiguous_format)
-    back = [order.index(dim) for dim in range(wanted.dim())]
-    return builder.call(torch.ops.aten.permute.default, copy, back) if order != sorted(order) else copy
+    back = [order.index(dim) for dim in range(len(order))]
+    return copy if straight else builder.call(torch.ops.aten.permute.default, copy, back)
