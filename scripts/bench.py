@@ -5,6 +5,7 @@ python scripts/bench.py --device cpu             every variant, length and dtype
 python scripts/bench.py --only llama,bias -n 2048
 python scripts/bench.py --quick                  seconds, not minutes: does it run at all
 python scripts/bench.py --cost                   fuse_graph against nodes, and against Inductor
+python scripts/bench.py --layouts --device cuda  what layouts cost there; kept for the cost model
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.progress import track
 
 from benchmark import cost as rewriting
 from benchmark.cases import DTYPES, QUICK_LENGTH, VARIANTS, Case, cases
+from benchmark.layouts import LAYOUT_DEVICES, as_rows, measure_layouts, write
 from benchmark.measure import Effort, measure
 from benchmark.table import as_json, as_table
 from benchmark.targets import Target, growth, speed
@@ -40,16 +42,22 @@ Dtypes = Annotated[str, typer.Option(help=f"of {', '.join(DTYPES)}; both when le
 
 
 def bench(
-    device: Annotated[str, typer.Option(help="where to measure; cpu is the only one so far")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="where to measure; but for --layouts, cpu is the only one so far")
+    ] = "cpu",
     only: Names = "",
     lengths: Lengths = "",
     dtypes: Dtypes = "",
     cost: Annotated[bool, typer.Option("--cost", help="measure the rewriting instead")] = False,
+    layouts: Annotated[bool, typer.Option("--layouts", help="measure what layouts cost, for the cost model")] = False,
     inductor_layers: Annotated[int, typer.Option(help="the deepest Llama that --cost has Inductor compile")] = 32,
     quick: Annotated[bool, typer.Option("--quick", help="tiny and rough: a smoke test")] = False,
     check: Annotated[bool, typer.Option("--check", help="exit with 1 when a target is missed")] = False,
     json: Annotated[Path | None, typer.Option(help="write every figure to this file too")] = None,
 ) -> None:
+    if layouts:
+        _bench_layouts(device, json, quick=quick)
+        return
     if device != "cpu":
         raise typer.BadParameter(f"{device!r} cannot be measured; cpu is the only one so far", param_hint="--device")
     if cost:
@@ -65,6 +73,14 @@ def bench(
         json.write_text(as_json(content, targets))
     if check and not all(target.met for target in targets):
         raise typer.Exit(1)
+
+
+def _bench_layouts(device: str, path: Path | None, *, quick: bool) -> None:
+    if device not in LAYOUT_DEVICES:
+        raise typer.BadParameter(f"{device!r} is none of {', '.join(LAYOUT_DEVICES)}", param_hint="--device")
+    table = measure_layouts(device, quick=quick)
+    out.print(as_rows(table))
+    out.print(f"written to {write(table, path)}", highlight=False)
 
 
 def _words(listed: str) -> tuple[str, ...]:

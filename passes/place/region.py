@@ -179,7 +179,9 @@ def _dim_before(node: Node, source: Node, found: Reading, dim: int) -> int | Non
     if not isinstance(found, Views):
         return dim
     # most views keep a dimension's distance from one of the ends
-    likely = dict.fromkeys((dim, dim - facts.rank(node) + facts.rank(source), *range(facts.rank(source))))
+    likely: dict[int, None] = dict.fromkeys(
+        (dim, dim - facts.rank(node) + facts.rank(source), *range(facts.rank(source)))
+    )
     sizes = facts.hint(source)
     for candidate in (each for each in likely if 0 <= each < len(sizes) and sizes[each] != 1):
         carried = result_of(node, {source: dense(sizes, candidate)})
