@@ -23,6 +23,7 @@ from attnfuse.exits import table
 from attnfuse.form import describe
 from attnfuse.kernels import Candidate, Numerics, choose, kernels, lookup
 from attnfuse.passes.certify import Effort
+from attnfuse.picture import as_dot, as_svg, as_text
 from attnfuse.report import Certificate, Report
 from attnfuse.screen import show_certificate, show_report, show_rows, stage
 from attnfuse.target import Target
@@ -124,18 +125,26 @@ def explain(
     source: Source,
     target: Aim = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    layouts: Annotated[bool, typer.Option("--layouts", help="Also say where transposes would go, and why.")] = False,
+    dot: Annotated[Path | None, typer.Option(metavar="F", help="Draw that, for graphviz.")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="F", help="Draw that; needs graphviz.")] = None,
+    custom_op: Annotated[bool, typer.Option("--custom-op", help="As if with rewrite's --custom-op.")] = False,
     modules: Import = None,
     trust_input: Trust = False,
 ) -> None:
     """Say of each attention in IN, a .pt2, whether it would be fused, and if not, why and where."""
     aim = _target_of(target)
+    _check_places(source, dot, svg)
     program = _read(source, modules, trust_input=trust_input)
     with stage("looking for attention"):
-        _, report = pt2.rewrite(program, target=aim)
+        _, report = pt2.rewrite(program, target=aim, custom_op=custom_op)
+    _draw(report, dot, svg)
     if as_json:
         typer.echo(report.to_json())
-    else:
-        show_report(report)
+        return
+    show_report(report)
+    if layouts:
+        typer.echo(f"\n{as_text(report.regions)}")
 
 
 @app.command("kernels", short_help="List the kernels, or judge them for one attention.")
@@ -173,6 +182,14 @@ def list_kernels(
 def demo() -> None:
     """Export a small decoder, fuse its attention, verify it and time both, here and now."""
     demonstration.run()
+
+
+def _draw(report: Report, dot: Path | None, svg: Path | None) -> None:
+    drawings = {path: draw for path, draw in ((dot, as_dot), (svg, as_svg)) if path is not None}
+    contents = {path: draw(report.regions) for path, draw in drawings.items()}
+    for path, content in contents.items():
+        with replacing(path) as file:
+            file.write(content)
 
 
 def _read(source: Path, modules: list[str] | None, *, trust_input: bool) -> ExportedProgram:

@@ -36,7 +36,8 @@ def show_report(report: Report) -> None:
         typer.echo(str(report))
         return
     if report.fused:
-        show_rows(("sites", "fused", "shape", "kernel", "estimated gain"), _counted(report.fused, _fused_row))
+        header = ("sites", "fused", "shape", "kernel", "V lies", "copies", "estimated gain")
+        show_rows(header, _counted(report.fused, _fused_row))
     if report.refused:
         show_rows(("sites", "refused because", "remedy", "where"), _counted(report.refused, _refused_row))
     typer.echo(f"attention sites: {len(report.sites)}, fused: {len(report.fused)}, refused: {len(report.refused)}")
@@ -69,7 +70,10 @@ def show_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 def _fused_row(site: Fused) -> tuple[str, ...]:
     kernel, unfused = site.seconds.get(site.kernel), site.seconds.get("unfused")
     gain = f"{unfused / kernel:.1f}x" if kernel and unfused else ""
-    return site.what, site.shape, site.kernel, gain
+    before, after = site.copies
+    copies = f"{before} -> {after}" if before or after else ""
+    lies = {"d": "[n, d]", "n": "[d, n]"}.get(site.layouts.get("value", ""), "")
+    return site.what, site.shape, site.kernel, lies, copies, gain
 
 
 def _refused_row(site: Refused) -> tuple[str, ...]:

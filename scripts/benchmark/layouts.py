@@ -26,10 +26,13 @@ __all__ = ["LAYOUT_DEVICES", "as_rows", "measure_layouts", "write"]
 
 _OPERANDS = ("query", "key", "value")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Batch, heads, keys, head size: of attention, and of what is copied.
+_COPIED = (torch.int8, torch.bfloat16, torch.float32, torch.float64)
+#: Batch, heads, keys, head size of attention.
 _SIZES = {"cpu": (1, 8, 512, 64), "cuda": (8, 16, 8192, 128), "xpu": (4, 16, 4096, 128)}
 LAYOUT_DEVICES = tuple(_SIZES)
 _QUICK = (1, 2, 128, 32)
+#: How many times as many keys are copied, so that no cache holds them.
+_LONGER = {"cpu": 32, "cuda": 1, "xpu": 1}
 #: A ratio nearer to one than this is noise.
 _NOISE = 0.1
 
@@ -38,15 +41,15 @@ def measure_layouts(device: str, *, quick: bool) -> Table:
     """The table of the device that torch calls so. Operands have ``[*B, H, N, D]``, each turned alone."""
     target = Target.of(torch.device(device))
     sizes = _QUICK if quick else _SIZES[device]
+    batch, heads, keys, size = sizes
+    copied = (batch, heads, keys if quick else keys * _LONGER[device], size)
     with torch.inference_mode():
-        copies = {
-            str(dtype.itemsize): _bandwidth(_made(device, sizes, dtype), _turned) for dtype in (*_DTYPES, torch.int8)
-        }
-        stream = _bandwidth(_made(device, sizes, torch.float32), torch.clone)
+        copy = {str(dtype.itemsize): _bandwidth(_made(device, copied, dtype), _turned) for dtype in _COPIED}
+        stream = _bandwidth(_made(device, copied, torch.float32), torch.clone)
         factors = {name: found for name, each in kernels().items() if (found := _factors(each, target, device, sizes))}
     name = torch.cuda.get_device_name() if device == "cuda" else device
     source = f"measured by scripts/bench.py --layouts: {name}, {machine()}, {list(sizes)}"
-    return Table(str(target), source, stream, copies, factors)
+    return Table(str(target), source, stream, copy, factors)
 
 
 def _made(device: str, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:

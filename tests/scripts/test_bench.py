@@ -39,6 +39,7 @@ def test_every_peer_has_a_figure(tmp_path: Path) -> None:
         (("--dtypes", "fp8"), "no dtype is called 'fp8'"),
         (("--lengths", "many"), "'many' is no length"),
         (("--device", "tpu"), "'tpu' cannot be measured"),
+        (("--layouts", "--device", "tpu"), "'tpu' is none of cpu, cuda, xpu"),
     ],
 )
 def test_a_wrong_argument_is_one_sentence(arguments: tuple[str, ...], complaint: str) -> None:
@@ -46,6 +47,16 @@ def test_a_wrong_argument_is_one_sentence(arguments: tuple[str, ...], complaint:
     assert done.returncode == 2
     assert complaint in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_layouts_are_measured_into_a_table(tmp_path: Path) -> None:
+    done = bench("--layouts", "--json", str(tmp_path / "layouts.json"))
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "layouts.json").read_text())
+    assert table["target"] == "cpu"
+    assert min(table["stream"], *table["copy"].values()) > 0
+    assert set(table["factors"]) <= {"sdpa", "blocked", "direct"}
+    assert "measured by scripts/bench.py --layouts" in table["source"]
 
 
 @pytest.fixture
