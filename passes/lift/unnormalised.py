@@ -17,6 +17,7 @@ from attnfuse.passes.lift.assemble import Parts, axes_at, query_and_key, score_p
 from attnfuse.passes.lift.atoms import Dot, Place, Softmax
 from attnfuse.passes.lift.operand import factored, viewed
 from attnfuse.passes.lift.reader import Reader
+from attnfuse.passes.lift.reduction import is_product_sum
 from attnfuse.passes.site import Operand, Site
 from attnfuse.score import Apply, Capture, Expr, S, Score, apply, rewrite, walk
 
@@ -30,7 +31,8 @@ _LEAST_RANK = 3
 
 def can_hold(node: Node) -> bool:
     """Whether a contraction may be one of the two: each of its operands has room for an axis that all share."""
-    tensors = [arg for arg in node.all_input_nodes if facts.is_tensor(arg)]
+    product = node.all_input_nodes[0] if is_product_sum(node) else node
+    tensors = [arg for arg in product.all_input_nodes if facts.is_tensor(arg)]
     return len(tensors) >= 2 and all(facts.rank(arg) >= _LEAST_RANK for arg in tensors)
 
 

@@ -165,6 +165,8 @@ def _dropouts(recipe: Recipe, chosen: Spelling) -> list[str]:
 
 def _softmaxes(recipe: Recipe, chosen: Spelling) -> list[str]:
     # the largest of no scores is an error, and the sinks are no part of a later sum
+    if recipe.weights in words.OTHER_WEIGHTS:
+        return list(words.OTHER_WEIGHTS[recipe.weights])
     no_maximum = recipe.sizes.keys == 0 and not recipe.sink
     fits = [word for word, way in words.SOFTMAX.items() if not (no_maximum and "max(" in way.replace("softmax(", ""))]
     return [word for word in fits if word != "late division" or not recipe.sink]

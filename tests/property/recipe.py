@@ -7,19 +7,22 @@ the expected spec is written down here once, in the project's own notation, and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import torch
 from torch import Tensor
 
 from attnfuse.form import ABSORBING, Form
-from attnfuse.score import Const, Expr, apply, parse
+from attnfuse.score import Const, Expr, S, apply, parse, rewrite
 from attnfuse.spec import AttentionSpec, Captured
 
-__all__ = ["Arg", "Inputs", "Part", "Recipe", "Sizes"]
+__all__ = ["WEIGHTS", "Arg", "Inputs", "Part", "Recipe", "Sizes"]
 
 FINFO_MIN = torch.finfo(torch.float32).min
+
+#: What makes weights of logits, and the program of one weight where no other logit has a say in it.
+WEIGHTS = {"softmax": "", "safe softmax": "", "sigmoid": "sigmoid(s)", "squared relu": "relu(s) * relu(s)"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``where(keep, softcap(scale * s) + bias, fill)``, or ``... + where(keep, 0, fill)`` where ``added``; a sink."""
+    """``where(keep, softcap(scale * s) + bias, fill)``, or ``... + where(keep, 0, fill)`` where ``added``; a sink.
+
+    ``weights`` names what makes weights of that: a key of :data:`WEIGHTS`. Only a softmax has fills and sinks.
+    """
 
     sizes: Sizes = Sizes()
     scale: float | str | None = None
@@ -97,6 +103,7 @@ class Recipe:
     fill: float = float("-inf")
     added: bool = False
     sink: bool = False
+    weights: str = "softmax"
 
     @property
     def args(self) -> tuple[Arg, ...]:
@@ -114,8 +121,11 @@ class Recipe:
             bias, keep = (*bias, apply("where", reduce(_both, keep), Const(0.0), Const(self.fill))), ()
         # adding -inf and choosing it are the same, gradient included
         added = self.added and bool(keep) and self.fill > float("-inf")
+        form = Form(self._scale(), self.softcap, bias, keep, self.fill if keep else float("-inf"), added)
         return AttentionSpec(
-            score=Form(self._scale(), self.softcap, bias, keep, self.fill if keep else float("-inf"), added).expr(),
+            score=form.expr() if self.is_softmax else self._weight(form),
+            normaliser="softmax" if self.is_softmax else "none",
+            empty_rows="zero" if self.weights == "safe softmax" else "nan",
             sink=self._parse("{sinks}") if self.sink else None,
             captures=tuple(Captured(self._axes(arg), _dtype_name(arg, dtype)) for arg in self.args),
             batch=len(self.sizes.batch),
@@ -147,6 +157,17 @@ class Recipe:
 
     def _axes(self, arg: Arg) -> tuple[str, ...]:
         return tuple(axis for axis in self._score_axes() if axis in arg.axes or (axis[0] == "b" and "b" in arg.axes))
+
+    @property
+    def is_softmax(self) -> bool:
+        """Whether a row's weights add up to one."""
+        return self.weights in ("softmax", "safe softmax")
+
+    def _weight(self, form: Form) -> Expr:
+        """The weight of a score without a softmax: zero behind a mask."""
+        logit = replace(form, keep=(), fill=float("-inf"), added=False).expr()
+        weight = rewrite(parse(WEIGHTS[self.weights]), lambda part: logit if part == S else part)
+        return apply("where", reduce(_both, form.keep), weight, Const(0.0)) if form.keep else weight
 
     def _scale(self) -> Expr:
         match self.scale:

@@ -249,7 +249,8 @@ class _Writer:
                 column += ".unflatten(1, (K, H // K))"
         yield join.format(x=column)
         dim = -2 if self.spelling.layout == "turned" else -1
-        yield words.SOFTMAX[self.spelling.softmax].format(dim=dim, wide=self.wide)
+        ways = words.OTHER_WEIGHTS.get(self.recipe.weights, words.SOFTMAX)
+        yield ways[self.spelling.softmax].format(dim=dim, wide=self.wide)
         yield cut
         yield words.DROPOUT[self.spelling.dropout]
 

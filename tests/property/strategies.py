@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.property import recipe as parts
 from tests.property.menu import AXES, Spelling, options, plainest, term_options
-from tests.property.recipe import Part, Recipe, Sizes
+from tests.property.recipe import WEIGHTS, Part, Recipe, Sizes
 from tests.property.vocabulary import UNREAD
 
 __all__ = ["recipes", "sizes", "spellings", "sweep"]
@@ -71,7 +71,8 @@ def recipes(draw: st.DrawFn, shapes: st.SearchStrategy[Sizes] | None = None) -> 
         draw(st.booleans()) and parts.window(draw(offsets) - draw(st.integers(1, 4))),
         draw(st.booleans()) and draw(st.sampled_from(masks)),
     )
-    fill = draw(st.sampled_from(_FILLS))
+    weights = draw(st.sampled_from(["softmax", *WEIGHTS]))
+    fill = draw(st.sampled_from(_FILLS if weights == "softmax" else _FILLS[:1]))
     return Recipe(
         sizes=shape,
         scale=draw(st.sampled_from([None, 0.125, 0.3, 2.0, -0.5, "temperature"])),
@@ -80,7 +81,8 @@ def recipes(draw: st.DrawFn, shapes: st.SearchStrategy[Sizes] | None = None) -> 
         masks=tuple(part for part in chosen if part),
         fill=fill,
         added=fill != float("-inf") and draw(st.booleans()),
-        sink=draw(st.sampled_from([False, False, True])),
+        sink=weights == "softmax" and draw(st.sampled_from([False, False, True])),
+        weights=weights,
     )
 
 
@@ -153,4 +155,5 @@ _SAMPLES = (
     *(Recipe(DISTINCT, masks=(parts.causal(2),), fill=fill, added=True) for fill in _FILLS[1:]),
     Recipe(DISTINCT, scale=0.3, masks=(parts.causal(2),), sink=True),
     Recipe(_GROUPED, scale=0.3, masks=(parts.causal(2), parts.padding()), sink=True),
+    *(Recipe(DISTINCT, scale=0.3, masks=(parts.causal(2), parts.padding()), weights=way) for way in list(WEIGHTS)[1:]),
 )

@@ -17,6 +17,7 @@ __all__ = [
     "HEADS",
     "KEY_T",
     "LEAVE",
+    "OTHER_WEIGHTS",
     "PRODUCT",
     "SCALE",
     "SINK",
@@ -181,6 +182,23 @@ SOFTMAX = {
     "late division": (
         "weights = torch.exp(scores - scores.amax({dim}, keepdim=True))\ntotal = weights.sum({dim}, keepdim=True)"
     ),
+}
+
+#: What makes weights otherwise, by the name that :mod:`recipe` has for it.
+OTHER_WEIGHTS = {
+    "safe softmax": {"safe": "weights = torch.ops.aten._safe_softmax(scores, {dim})"},
+    "sigmoid": {
+        "sigmoid": "weights = torch.sigmoid(scores)",
+        "sigmoid method": "weights = scores.sigmoid()",
+        "sigmoid in place": "weights = scores.sigmoid_()",
+        "sigmoid module": "weights = nn.Sigmoid()(scores)",
+    },
+    "squared relu": {
+        "relu ** 2": "weights = F.relu(scores) ** 2",
+        "relu, square": "weights = scores.relu().square()",
+        "relu * relu": "weights = F.relu(scores)\nweights = weights * weights",
+        "relu, pow": "weights = torch.pow(torch.relu(scores), 2)",
+    },
 }
 
 #: A column of the sinks joined to the scores, and cut off after the softmax; ``{x}`` is the column.
