@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from attnfuse.errors import AttnfuseError, BadInput, BadProgram, NoKernel, NotEquivalent, Refused
 from attnfuse.explain import explain
-from attnfuse.fuse import Options, fuse_graph
+from attnfuse.fuse import fuse_graph
 from attnfuse.kernels import Kernel, Problem, kernel, kernels
+from attnfuse.options import Options
 from attnfuse.pt2 import rewrite
 from attnfuse.report import Certificate, Fused, Report
 from attnfuse.spec import AttentionSpec

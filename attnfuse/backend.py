@@ -11,8 +11,9 @@ import torch
 from torch._dynamo import lookup_backend
 from torch.fx import GraphModule
 
-from attnfuse.fuse import Options, fuse_graph
+from attnfuse.fuse import fuse_graph
 from attnfuse.kernels import digest
+from attnfuse.options import Options
 
 __all__ = ["attnfuse"]
 

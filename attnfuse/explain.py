@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from attnfuse.fuse import Options, fuse_graph
+from attnfuse.fuse import fuse_graph
 from attnfuse.graph.copies import copied
+from attnfuse.options import Options
 from attnfuse.report import Report
 
 __all__ = ["explain"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from attnfuse.errors import BadInput, NotEquivalent, Refused
+from attnfuse.errors import NotEquivalent, Refused
 from attnfuse.form import describe
 from attnfuse.graph import facts
 from attnfuse.graph.capture import Captured, capture
@@ -18,9 +18,9 @@ from attnfuse.graph.flex import flex_programs
 from attnfuse.graph.state import State as GraphState
 from attnfuse.graph.text import render
 from attnfuse.graph.verify import verify
-from attnfuse.kernels import Numerics, lookup
 from attnfuse.layouts import Reads, copies_for, place, rearrange, refreshed
-from attnfuse.passes.certify import Effort, Replay, certify
+from attnfuse.options import Options
+from attnfuse.passes.certify import Replay, certify
 from attnfuse.passes.lift import Constants, Given, lift
 from attnfuse.passes.lower import Plan, Wishes, apply, at_sizes, plan
 from attnfuse.passes.place import Decision, described
@@ -31,48 +31,9 @@ from attnfuse.pipeline import FUEL, Stage, run
 from attnfuse.report import Certificate, Fused, Report
 from attnfuse.target import Target
 
-__all__ = ["STAGES", "Options", "fuse_graph"]
+__all__ = ["STAGES", "fuse_graph"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to rewrite. Each is a keyword of every door.
-
-    ``target``: where the result will run, default this graph's device. ``kernel``: this one or none.
-    ``numerics``: "faithful" or "fast" (:data:`attnfuse.kernels.Numerics`). ``portable``: ATen calls only, so that
-    the result loads without attnfuse. ``certify``: how much to replay, "full", "quick" or "off". ``profit``:
-    False fuses even where the graph as it is is estimated faster. ``compiled``: whether the result will be compiled,
-    as the graph as it is would be; it says what a fusion is compared with. ``print_after``: a stage, or "all".
-    """
-
-    target: Target | str | None = None
-    kernel: str | None = None
-    numerics: Numerics = "faithful"
-    portable: bool = False
-    certify: Effort = "quick"
-    profit: bool = True
-    compiled: bool = True
-    print_after: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("numerics", get_args(Numerics)), ("certify", get_args(Effort))):
-            if getattr(self, name) not in allowed:
-                raise BadInput(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        if self.kernel is not None:
-            lookup(self.kernel)
-        if isinstance(self.target, str):
-            object.__setattr__(self, "target", Target.parse(self.target))
-
-    @staticmethod
-    def of(given: dict[str, Any]) -> Options:
-        """Options from keywords. Raises :class:`BadInput`, naming those there are, for an unknown one."""
-        known = [f.name for f in fields(Options)]
-        for name in given:
-            if name not in known:
-                raise BadInput(f"unknown option {name!r}; the options are {', '.join(known)}")
-        return Options(**given)
 
 
 @dataclass(frozen=True)
@@ -108,7 +69,7 @@ def fuse_graph(
 ) -> GraphModule:
     """Fuses the attention in a Dynamo-level or export-level graph, in place, and returns it.
 
-    ``options`` are the fields of :class:`Options`. ``gm.meta["attnfuse_report"]`` is the :class:`Report`. Nested
+    ``options`` are the fields of :class:`.Options`. ``gm.meta["attnfuse_report"]`` is the :class:`Report`. Nested
     graph modules (checkpointed regions, branches) are rewritten too. ``example_inputs`` are not read: the
     graph's own fake values are; the argument is there so that this is a Dynamo backend's shape. ``state`` is what is
     known of the graph's placeholders.

@@ -11,7 +11,8 @@ import typer.main
 
 from attnfuse.commands import app
 from attnfuse.exits import EXITS
-from attnfuse.fuse import STAGES, Options
+from attnfuse.fuse import STAGES
+from attnfuse.options import Options
 from tests.repo.sources import ROOT
 
 README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))

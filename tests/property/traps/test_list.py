@@ -140,6 +140,18 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "calls: grouped_heads_share_runs_of_query_heads, an_operand_is_changed_after_the_call",
         "calls: a_call_is_replaced_by_what_is_faster",
     ),
+    "what flex_attention says, and block masks that say another thing than their mask": (
+        "flex: a_program_on_scores_is_read, a_captured_bias_and_a_block_mask_of_the_graph_are_read",
+        "flex: rows_that_keep_no_key_are_zero, a_block_mask_that_is_an_argument_is_not_believed",
+        "flex: a_block_mask_of_another_mask_is_seen, a_mask_that_is_other_for_each_head_than_its_blocks_is_seen",
+        "flex: the_logarithm_of_sums_is_still_wanted, a_compiled_call_is_left_to_flex",
+    ),
+    "a mask in a buffer is a predicate only where no value of it can change": (
+        "constants: what_cannot_change_is_a_predicate, one_wrong_value_is_no_predicate",
+        "constants: a_buffer_that_a_checkpoint_may_replace_stays_a_tensor, a_buffer_that_is_written_stays_a_tensor",
+        "constants: an_attribute_under_torch_compile_stays_a_tensor",
+        "constants: a_large_site_is_certified_with_the_mask_it_has",
+    ),
     "a softmax that makes empty rows zero": ("calls: a_softmax_that_is_safe, a_softmax_whose_empty_rows_are_cleared",),
     "weights that no softmax made": (
         "unnormalised: sigmoid_attention, squared_relu, the_masked_product_of_linear_attention, dropout_of_weights",
