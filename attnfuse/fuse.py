@@ -168,6 +168,8 @@ def _checked(item: Plan, state: State) -> Checked | Refused:
     site = item.attention.site
     try:
         certificate = certify(_replay(item, state), state.options.certify, state.certificates)
+    except Refused as refusal:
+        return replace(refusal, node=site.softmax.name, source=facts.source_line(site.softmax))
     except NotEquivalent as error:
         reason = f"the rewrite is not equivalent, which is a bug of attnfuse: {error}"
         return Refused(reason, site.softmax.name, facts.source_line(site.softmax), "please report it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnfuse.algebra.integers import compared
 from attnfuse.algebra.kinds import COMPARISONS, Kinds, Rule, kind, reads_score
-from attnfuse.score import Apply, Capture, Const, Expr, apply, walk
+from attnfuse.score import Apply, Capture, Const, Expr, Index, Symbol, apply, walk
 
 __all__ = ["MASK_RULES"]
 
@@ -172,6 +172,16 @@ def _comparison(expr: Expr, kinds: Kinds) -> Expr | None:
     return None
 
 
+def _not_negative(expr: Expr, _: Kinds) -> Expr | None:
+    """``m >= 0 -> True``: what libraries write for "every row"."""
+    match expr:
+        case Apply("ge", (Index() | Symbol(), Const(int(bound)))) if bound <= 0:
+            return Const(True)
+        case Apply("le", (Index() | Symbol(), Const(int(bound)))) if bound < 0:
+            return Const(False)
+    return None
+
+
 #: In the order they are tried.
 MASK_RULES: tuple[Rule, ...] = (
     _asked_bool,
@@ -185,4 +195,5 @@ MASK_RULES: tuple[Rule, ...] = (
     _distance,
     _of_whole_numbers,
     _comparison,
+    _not_negative,
 )

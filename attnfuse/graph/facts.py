@@ -11,6 +11,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._subclasses import FakeTensor
 from torch.fx import Node
 
 from attnfuse.axes import Size
@@ -26,6 +27,7 @@ __all__ = [
     "is_parameter",
     "is_tensor",
     "kind",
+    "literal",
     "op_name",
     "rank",
     "shape",
@@ -113,6 +115,18 @@ def hint_of_size(size: int | torch.SymInt) -> int:
         return size
     known = size.node.hint
     return int(known) if known is not None else 1
+
+
+def literal(node: Node) -> bool | int | float | None:
+    """The number that a program made a tensor of, as in ``torch.tensor(0.0)``; None for every other node.
+
+    Tracing keeps such a tensor in the traced module, under a name of its own.
+    """
+    if node.op != "get_attr" or not str(node.target).startswith("_tensor_constant"):
+        return None
+    found = getattr(node.graph.owning_module, str(node.target), None)
+    known = isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor) and found.dim() == 0
+    return found.item() if known else None
 
 
 def op_name(node: Node) -> str:

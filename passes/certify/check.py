@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from attnfuse.errors import Refused
 from attnfuse.graph.double import run_in_double, widened
 from attnfuse.graph.text import shape_of
 from attnfuse.passes.certify.errors import Errors, compare
@@ -53,7 +54,7 @@ def certify(replay: Replay, effort: Effort, known: dict[str, Certificate]) -> Ce
 
     Raises :class:`NotEquivalent` where the replacement errs more than the contract allows: at most
     ``4 x`` the source's own error plus 8 units in the last place, on mean and maximum, NaN at the same places. The
-    gradients of the inputs that need one are held to the same.
+    gradients of the inputs that need one are held to the same. Raises :class:`Refused` where the source cannot be run.
     """
     if effort == "off":
         return Certificate(skipped="switched off")
@@ -160,7 +161,7 @@ def _try(name: str, trial: Trial, pair: _Pair) -> Errors:
     needs = [*asked, *[False] * (len(values) - pair.shared)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = _observed(pair.source, values, needs)
+        expected = _expected(pair, values, needs)
         found = _observed(pair.fused, values[: pair.shared], needs[: pair.shared])
         exactly = partial(_observed, partial(_in_double, pair.source), needs=needs)
         exact = exactly([widened(value) for value in values])
@@ -172,6 +173,13 @@ def _try(name: str, trial: Trial, pair: _Pair) -> Errors:
         for at, (which, source, fused, truth) in enumerate(zip(names, expected, found, exact, strict=True))
     ]
     return errors[0]
+
+
+def _expected(pair: _Pair, values: Sequence[Tensor | int], needs: Sequence[bool]) -> list[Tensor]:
+    try:
+        return _observed(pair.source, values, needs)
+    except RuntimeError as error:
+        raise Refused(f"the program itself fails: {str(error).partition(chr(10))[0]}") from error
 
 
 def _nth(results: Callable[[], list[Tensor]], at: int) -> Tensor:

@@ -11,7 +11,7 @@ from attnfuse.axes import Index, Size, Unreadable, same_size
 from attnfuse.graph import facts
 from attnfuse.passes.lift.atoms import Place
 from attnfuse.passes.lift.reader import Reader, Rule
-from attnfuse.score import Expr
+from attnfuse.score import Const, Expr
 
 __all__ = ["VIEWS", "aligned", "broadcast"]
 
@@ -31,6 +31,12 @@ def aligned(sizes: Sequence[Size], place: Place) -> Place:
 
 def _same(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     return reader.read(args["self"], place)
+
+
+def _fresh(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+    """``torch.tensor(number)`` is a copy of a tensor that the trace keeps."""
+    number = facts.literal(args["self"])
+    return reader.read(args["self"], place) if number is None else Const(number)
 
 
 def _reshape(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
@@ -204,7 +210,8 @@ def _inside(index: Index, start: Size, size: Size) -> bool:
 
 #: Operations that only move elements, by ATen name.
 VIEWS: dict[str, Rule] = {
-    **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh", "view_of"), _same),
+    **dict.fromkeys(("contiguous", "clone", "alias", "detach", "view_of"), _same),
+    **dict.fromkeys(("lift_fresh_copy", "lift_fresh"), _fresh),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"), _reshape),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),

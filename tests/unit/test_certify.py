@@ -106,3 +106,12 @@ def test_what_is_not_finite_where_the_source_is_is_wrong(wrong: float) -> None:
     fused[2] = wrong
     with pytest.raises(NotEquivalent):
         compare("it", exact.float(), fused, exact, moved=lambda: exact)
+
+
+def test_a_program_that_fails_by_itself_is_refused_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*given: object) -> list[Tensor]:
+        raise RuntimeError("expected scalar type Float but found BFloat16\nand more")
+
+    monkeypatch.setattr(check, "_observed", failing)
+    reasons = {site.reason for site in report_of(count=1, length=9).refused}
+    assert reasons == {"the program itself fails: expected scalar type Float but found BFloat16"}

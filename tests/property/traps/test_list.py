@@ -169,6 +169,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "models: a_mask_made_of_lengths, a_bias_gated_by_a_sum, a_bias_that_is_a_piece_of_a_product",
         "models: a_bias_that_was_scaled_in_place, scores_bounded_by_a_constant_tensor",
         "models: scores_filled_from_a_constant_tensor, scores_shifted_in_another_unit",
+        "models: a_mask_made_of_constant_tensors_is_a_predicate, a_mask_that_keeps_every_row_is_none",
         "models: scores_times_a_mask_of_floats, large_logits_may_leave_the_source_exact_by_luck",
         "models: a_quotient_of_sizes_is_no_tensor, a_bias_of_products_on_products",
     ),

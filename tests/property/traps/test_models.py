@@ -63,6 +63,18 @@ def test_a_bias_that_was_scaled_in_place(door: str) -> None:
     assert never_wrong(door, attention, *qkv(), torch.randn(9, 4, 8), torch.rand(6, 9)).fused
 
 
+def test_a_mask_that_keeps_every_row_is_none() -> None:
+    """transformers asks ``row >= 0`` where a mask has nothing to say of rows."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        rows, keys = torch.arange(q.size(-2))[:, None], torch.arange(k.size(-2))[None, :]
+        keep = (rows >= 0) & (keys > -1) & padding[:, None, None, :]
+        return attend(q @ k.mT + torch.where(keep, 0.0, MIN), v)
+
+    (site,) = never_wrong("dynamo", attention, *qkv(), torch.tensor([[True] * 9, [True] * 5 + [False] * 4])).fused
+    assert site.what == "padding"
+
+
 # --- what is done with the scores ---------------------------------------------------------------------
 
 
@@ -84,6 +96,18 @@ def test_scores_filled_from_a_constant_tensor(door: str) -> None:
         return attend(torch.where(keep, scores, torch.tensor(MIN, dtype=scores.dtype)), v)
 
     assert never_wrong(door, attention, *qkv(), torch.rand(6, 9) < 0.7).fused
+
+
+def test_a_mask_made_of_constant_tensors_is_a_predicate() -> None:
+    """transformers 5.17 chooses between ``torch.tensor(0.0)`` and the least number, 5.23 between two numbers."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keep = torch.ones(6, 9, dtype=torch.bool).tril()
+        kept = torch.tensor(0.0, device=q.device, dtype=q.dtype)
+        return attend(q @ k.mT + torch.where(keep, kept, torch.finfo(torch.float32).min), v)
+
+    (site,) = never_wrong("dynamo", attention, *qkv()).fused
+    assert site.what == "causal"
 
 
 def test_scores_shifted_in_another_unit(door: str) -> None:
