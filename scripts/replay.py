@@ -23,6 +23,8 @@ import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 
+_GIT = ("git", "-C", str(ROOT))
+
 Names = Annotated[str, typer.Option(help="models, with commas between; all of tests/models when left out")]
 Revision = Annotated[str, typer.Option(help="a commit to compare with")]
 Python = Annotated[str, typer.Option("--with-python", help="an interpreter of another installation to compare with")]
@@ -33,6 +35,13 @@ def replay(only: Names = "", against: Revision = "", python: Python = "") -> Non
     if not against and not python:
         sys.stdout.writelines(f"{line}\n" for line in lines(only))
         return
+    if (
+        against
+        and subprocess.run(
+            [*_GIT, "rev-parse", "--verify", "--quiet", against], capture_output=True, check=False
+        ).returncode
+    ):
+        raise typer.BadParameter(f"{against!r} is no commit here")
     there = _elsewhere(only, against, python or sys.executable)
     here = list(lines(only))
     found = list(difflib.unified_diff(there, here, against or python, "here", lineterm="", n=1))
@@ -56,9 +65,10 @@ def lines(only: str) -> Iterator[str]:
         with torch.no_grad():
             module = model.make(torch.float32)
             report = explain(module, **model.feed(model.paddings[-1]), options={"profit": False})
-        for site in report.sites:
+        # numbered, since the names of nodes change with every release of everything
+        for number, site in enumerate(report.sites, start=1):
             what = f"{site.kernel}, {site.what}, {site.shape}" if isinstance(site, Fused) else f"refused, {site.reason}"
-            yield f"  {site.node}: {what}"
+            yield f"  site {number}: {what}"
             if isinstance(site, Fused):
                 yield f"    {site.spec}"
 
@@ -69,12 +79,12 @@ def _elsewhere(only: str, revision: str, python: str) -> list[str]:
         root = ROOT
         if revision:
             root = Path(folder) / "there"
-            subprocess.run(["git", "-C", ROOT, "worktree", "add", "--detach", root, revision], check=True)
+            subprocess.run([*_GIT, "worktree", "add", "--quiet", "--detach", root, revision], check=True)
         try:
             return _printed(root, only, python)
         finally:
             if revision:
-                subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", root], check=True)
+                subprocess.run([*_GIT, "worktree", "remove", "--force", root], check=True)
 
 
 def _printed(root: Path, only: str, python: str) -> list[str]:

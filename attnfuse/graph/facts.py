@@ -125,8 +125,10 @@ def literal(node: Node) -> bool | int | float | None:
     if node.op != "get_attr" or not str(node.target).startswith("_tensor_constant"):
         return None
     found = getattr(node.graph.owning_module, str(node.target), None)
-    known = isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor) and found.dim() == 0
-    return found.item() if known else None
+    if not isinstance(found, torch.Tensor) or isinstance(found, FakeTensor) or found.dim():
+        return None
+    number: bool | int | float = found.item()
+    return number
 
 
 def op_name(node: Node) -> str:
