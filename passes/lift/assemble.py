@@ -7,23 +7,32 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from attnfuse.algebra import WEIGHT_RULES, normalise
-from attnfuse.axes import Axis, Index, Unreadable
+from attnfuse.axes import Axis, Unreadable
 from attnfuse.errors import Refused
 from attnfuse.graph import facts
 from attnfuse.kernels import Source
 from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, Reduced, Softmax
-from attnfuse.passes.lift.normaliser import divided_by_sum
 from attnfuse.passes.lift.operand import factored, viewed
 from attnfuse.passes.lift.reader import Reader, TakeAsTensor
 from attnfuse.passes.site import Operand, Site
-from attnfuse.score import Apply, Capture, Expr, P, S, apply, rewrite, walk
+from attnfuse.score import Capture, Expr, P, S, apply, rewrite, walk
 from attnfuse.spec import EmptyRows, Normaliser
 
-__all__ = ["Parts", "axes_at", "query_and_key", "read_site", "score_product", "site_of", "weight_program"]
+__all__ = [
+    "Parts",
+    "assembled",
+    "axes_at",
+    "query_and_key",
+    "read_site",
+    "score_product",
+    "site_of",
+    "softmax_over",
+    "weight_program",
+]
 
 
 def read_site(reader: Reader, node: Node) -> Site | None:
-    """The attention whose result ``node`` is: a contraction, or one divided by the sum of its weights.
+    """The attention whose result ``node`` is, a contraction.
 
     None where it is no attention. Raises :class:`Unreadable` and :class:`Refused` where it is and cannot be lifted,
     and :class:`TakeAsTensor` where it can be by a reader that leaves one node unread.
@@ -31,44 +40,36 @@ def read_site(reader: Reader, node: Node) -> Site | None:
     if any(size == 0 for size in facts.shape(node)):
         raise Unreadable("a dimension is empty")
     place = tuple(map(reader.space.fresh, facts.shape(node)))
-    outer, divisor = _top_product(reader, node, place)
+    outer = _top_product(reader, node, place)
     sides = ((outer.left, outer.left_place), (outer.right, outer.right_place))
     for (weights, weight_place), (values, value_place) in (sides, sides[::-1]):
         read = reader.read(weights, weight_place)
-        if divisor is not None:
-            read = _divided(reader, read, divisor, outer)
-        softmax = _softmax_over(reader, read, outer)
+        softmax = softmax_over(reader, read, outer)
         if softmax is not None:
-            return _assemble(reader, node, place, outer, softmax, read, (weight_place, values, value_place))
+            return assembled(reader, node, place, outer, softmax, read, (weight_place, values, value_place))
     return None
 
 
-def _top_product(reader: Reader, node: Node, place: Place) -> tuple[Dot, Expr | None]:
-    """The contraction that a node is, and what it is divided by."""
+def _top_product(reader: Reader, node: Node, place: Place) -> Dot:
+    """The contraction that a node is."""
     match reader.read(node, place):
         case Capture(slot):
-            divisor: Expr | None = None
-        case Apply("div", (Capture(slot), by)):
-            divisor = by
+            pass
         case _:
             reason = reader.unread.get(node, "it is scaled or added to in the same operation")
             raise Unreadable(f"the product with the values cannot be read: {reason}")
     atom = reader.atoms[slot]
     if not isinstance(atom, Dot):
         raise Unreadable("the product with the values cannot be read: it is only a part of one")
-    return atom, divisor
-
-
-def _divided(reader: Reader, weights: Expr, divisor: Expr, outer: Dot) -> Expr:
-    found = divided_by_sum(reader, weights, divisor, Index(outer.axes), outer.node)
-    return weights if found is None else reader.atom(found)
+    return atom
 
 
 def _refusal(reason: str, node: Node, remedy: str = "") -> Refused:
     return Refused(reason, node.name, facts.source_line(node), remedy)
 
 
-def _softmax_over(reader: Reader, weights: Expr, outer: Dot) -> Softmax | None:
+def softmax_over(reader: Reader, weights: Expr, outer: Dot) -> Softmax | None:
+    """The softmax that weights are of; None where there is none. Raises :class:`Refused` where it is another one."""
     found = {atom for atom in _atoms(reader, weights) if isinstance(atom, Softmax)}
     if not found:
         return None
@@ -92,7 +93,7 @@ def _atoms(reader: Reader, expr: Expr) -> list[Atom]:
     return found
 
 
-def _assemble(
+def assembled(
     reader: Reader,
     node: Node,
     place: Place,
@@ -101,6 +102,7 @@ def _assemble(
     weights: Expr,
     sides: tuple[Place, Node, Place],
 ) -> Site:
+    """The site of a softmax; ``sides`` are the place of the weights, the values and theirs."""
     weight_place, values, value_place = sides
     inner = score_product(reader, softmax.logit, softmax.key.axes, value_place)
     if inner is None:

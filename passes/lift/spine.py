@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch.fx import Graph, Node
 
@@ -28,6 +29,7 @@ from attnfuse.passes.lift.normaliser import NORMALISER_NAMES, NORMALISERS
 from attnfuse.passes.lift.pointwise import POINTWISE
 from attnfuse.passes.lift.reader import Reader, Rules, TakeAsTensor
 from attnfuse.passes.lift.reduction import REDUCTIONS, is_product_sum
+from attnfuse.passes.lift.rescaled import read_rescaled
 from attnfuse.passes.lift.unnormalised import can_hold, read_unnormalised
 from attnfuse.passes.lift.view import VIEWS
 from attnfuse.passes.site import Site
@@ -59,28 +61,52 @@ class Given:
 def lift(graph: Graph, given: Given | None = None) -> Found:
     """Every attention site of an ATen graph, in graph order; linear in its size."""
     order, given = Order.of(graph), given or Given()
-    return [item for node, start in _candidates(graph) for item in _attempt(node, start, order, given)]
+    found = [
+        (each.node, item) for each in _candidates(graph, given.is_parameter) for item in _attempt(each, order, given)
+    ]
+    sites = {node: item for node, item in found if isinstance(item, Site)}
+    inside = {node for site in sites.values() for node in site.interior}
+    # what is refused alone may be a part of what is not
+    return [item for node, item in found if node not in inside]
 
 
-def _candidates(graph: Graph) -> list[tuple[Node, Node | None]]:
-    """Contractions of something that a normaliser of scores made, or quotients of such, with the normaliser; calls
-    that are attention already; and contractions of something pointwise that another made.
+#: Reads the attention that a node is the result of; None where it is none.
+Read = Callable[[Reader, Node], "Site | None"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A node that may be an attention's result. ``start`` is where it surely begins if it is one; None where
+    something that cannot be read need not be attention.
     """
+
+    node: Node
+    read: Read
+    start: Node | None = None
+
+
+def _candidates(graph: Graph, is_parameter: Callable[[Node], bool]) -> list[Candidate]:
+    """Calls that are attention; contractions of something that a normaliser of scores made, from the normaliser on;
+    quotients and products of such; and contractions of something pointwise that another made.
+    """
+    unnormalised = partial(read_unnormalised, is_parameter=is_parameter)
     bare = _downstream(graph, lambda n: _is_score_product(n) and can_hold(n))
     scored = _downstream(graph, _is_score_product)
     weighted = _downstream(graph, lambda n: facts.op_name(n) in NORMALISER_NAMES and n.all_input_nodes[0] in scored)
     products = {node: start for node in graph.nodes if _is_product(node) and (start := _reached(node, weighted))}
     summed = _downstream(graph, products.__contains__)
-    found: list[tuple[Node, Node | None]] = []
+    found: list[Candidate] = []
     for node in graph.nodes:
-        if is_call(node) or is_flex_result(node):
-            found.append((node, node))
+        if is_call(node):
+            found.append(Candidate(node, read_call, node))
+        elif is_flex_result(node):
+            found.append(Candidate(node, read_flex, node))
         elif node in products:
-            found.append((node, products[node]))
-        elif facts.op_name(node) == "div" and (product := _reached_by(node.all_input_nodes[:1], summed)):
-            found.append((node, products[product]))
+            found.append(Candidate(node, read_site, products[node]))
+        elif facts.op_name(node) in ("div", "mul") and _reached_by(node.all_input_nodes, summed):
+            found.append(Candidate(node, read_rescaled))
         elif _is_score_product(node) and can_hold(node) and _reached(node, bare):
-            found.append((node, None))
+            found.append(Candidate(node, unnormalised))
     return found
 
 
@@ -128,27 +154,17 @@ def _unread_weights(reader: Reader, start: Node) -> Found:
     return []
 
 
-def _attempt(
-    node: Node, start: Node | None, order: Order, given: Given, opaque: frozenset[Node] = frozenset()
-) -> Found:
-    """``start`` is the normaliser, the call itself, or None."""
+def _attempt(candidate: Candidate, order: Order, given: Given, opaque: frozenset[Node] = frozenset()) -> Found:
+    node, start = candidate.node, candidate.start
     try:
         reader = Reader(_RULES, order, given.is_given, given.constants, opaque)
-        if is_call(node):
-            site: Site | None = read_call(reader, node)
-        elif is_flex_result(node):
-            site = read_flex(reader, node)
-        elif start is None:
-            site = read_unnormalised(reader, node, given.is_parameter)
-        else:
-            site = read_site(reader, node)
+        site = candidate.read(reader, node)
         if site is not None:
             return [without_hazards(site, order)]
         return [] if start is None else _unread_weights(reader, start)
     except TakeAsTensor as error:
-        return _attempt(node, start, order, given, opaque | {error.node})
+        return _attempt(candidate, order, given, opaque | {error.node})
     except Unreadable as error:
-        # two products that cannot be read need not be attention
         return [] if start is None else [Refused(str(error), start.name, facts.source_line(start))]
     except Refused as refusal:
         return [refusal]

@@ -88,6 +88,10 @@ TRAPS: dict[str, tuple[str, ...]] = {
     "a scale split over query and key, or after the mask": (
         "scale: split_over_query_and_key, after_the_mask, of_the_bias_too",
     ),
+    "rows that are rescaled after the product": (
+        "scale: rows_that_are_rescaled_keep_their_factor, a_gate_of_the_sum_and_a_sink_is_a_sink",
+        "scale: a_gate_of_something_else_is_no_sink",
+    ),
     "a scale after an overflow of half precision": ("scale: after_an_overflow_of_half_precision",),
     "the weights themselves are scaled or gated": ("scale: of_the_weights, of_the_weights_by_a_gate, squared_weights",),
     # --- who else looks, who else writes ---

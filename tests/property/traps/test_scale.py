@@ -154,3 +154,43 @@ def test_a_learned_scale_keeps_its_gradient() -> None:
     program = rewritten("dynamo", as_module(attention), (*args, torch.tensor(0.7, requires_grad=True)))
     found = gradient(program.run, torch.float32)
     assert_as_good(found, gradient(attention, torch.float32), gradient(attention, torch.float64))
+
+
+# --- what happens to the result's rows --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["divided by a tensor", "divided by a number", "times a gate"])
+def test_rows_that_are_rescaled_keep_their_factor(door: str, how: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+        out = torch.softmax(q @ k.mT, dim=-1) @ v
+        match how:
+            case "divided by a tensor":
+                return out / factor
+            case "divided by a number":
+                return out / 2
+        return out * torch.sigmoid(factor)
+
+    assert len(never_wrong(door, attention, *qkv(), torch.rand(2, 4, 6, 1) + 1).fused) == 1
+
+
+def test_a_gate_of_the_sum_and_a_sink_is_a_sink(door: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        keep = torch.ones(6, 9, dtype=torch.bool).tril(-1)
+        scores = torch.where(keep, q @ k.mT * 0.3, torch.finfo(torch.float32).min).to(q.dtype)
+        gate = (torch.logsumexp(scores, dim=-1) - sinks.view(1, -1, 1)).sigmoid()
+        return torch.softmax(scores, dim=-1) @ v * gate.unsqueeze(-1)
+
+    assert never_wrong(door, attention, *qkv(), torch.randn(4)).fused[0].what == "scale 0.3, causal -1, sink"
+
+
+@pytest.mark.parametrize("other", ["scores", "fill", "factor"])
+def test_a_gate_of_something_else_is_no_sink(door: str, other: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        keep = torch.ones(6, 9, dtype=torch.bool).tril(-1)
+        scores = (q @ k.mT * 0.3).masked_fill(~keep, -float("inf") if other == "fill" else -1e4)
+        sums = torch.logsumexp(2 * scores if other == "scores" else scores, dim=-1)
+        gate = ((2 * sums if other == "factor" else sums) - sinks.view(1, -1, 1)).sigmoid()
+        return torch.softmax(scores, dim=-1) @ v * gate.unsqueeze(-1)
+
+    report = never_wrong(door, attention, *qkv(), torch.randn(4), sites=None)
+    assert not any("sink" in site.what for site in report.fused)
