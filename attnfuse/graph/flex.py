@@ -48,7 +48,7 @@ class Flex:
         key, value = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (key, value))
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         score = query.to(wide) @ key.to(wide).mT * self.scale
-        where = _positions(score.shape)
+        where = _positions(score.shape, score.device)
         score = self.score_mod(score, *where, *captures[: self.score_captures])
         keep = self.mask_mod(*where, *captures[self.score_captures :])
         weight = torch.ops.aten._safe_softmax.default(torch.where(keep, score, float("-inf")), -1)
@@ -83,7 +83,7 @@ def _graph_of(node: object, module: GraphModule) -> GraphModule:
     return cast("GraphModule", module.get_submodule(str(node.target)))
 
 
-def _positions(shape: Sequence[int], device: torch.device | None = None) -> tuple[Tensor, ...]:
+def _positions(shape: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
     rank = len(shape)
     return tuple(
         torch.arange(size, device=device).view(*(-1 if at == axis else 1 for at in range(rank)))
@@ -100,7 +100,7 @@ def _unproven(
     listed = [part for part in (*blocks[2:6], *captures) if isinstance(part, Node)]
     if any(_depends(part) for part in listed):
         return "its block mask is handed to the graph or made of its inputs: its blocks may not be those of mask_mod"
-    query, key = (facts.tensor(arg) for arg in node.all_input_nodes[:2])
+    query, key = (facts.tensor(arg) for arg in node.args[:2] if isinstance(arg, Node))
     shape = (*query.shape[:-1], key.shape[-2])
     if not all(isinstance(size, int) for size in shape):
         return "its block mask cannot be compared with mask_mod at sizes that are symbolic"
@@ -119,19 +119,21 @@ def _unproven(
 def _says_the_same(
     known: dict[Node, Tensor], blocks: Sequence[Any], mask: GraphModule, captures: Sequence[Node], shape: Sequence[int]
 ) -> bool:
-    counts, indices, full_counts, full_indices = (known.get(part) for part in blocks[2:6])
-    keep = mask(*_positions(shape), *(known[capture] for capture in captures)).expand(*shape)
+    counts, indices = known[blocks[2]], known[blocks[3]]
+    full_counts, full_indices = (known.get(part) for part in blocks[4:6])
+    keep = mask(*_positions(shape, indices.device), *(known[capture] for capture in captures)).expand(*shape)
     looked_at = _listed(counts, indices, blocks[-3:-1], shape[2:])
     whole = _listed(full_counts, full_indices, blocks[-3:-1], shape[2:])
     return bool((((looked_at & keep) | whole) == keep).all())
 
 
 def _depends(node: Node) -> bool:
-    """Whether a node's value is made of the graph's inputs."""
+    """Whether a node's value is made of the graph's inputs or attributes."""
     seen, stack = {node}, [node]
     while stack:
         found = stack.pop()
-        if found.op == "placeholder":
+        # an attribute may be written to between two calls
+        if found.op == "placeholder" or (found.op == "get_attr" and facts.is_tensor(found)):
             return True
         stack += [arg for arg in found.all_input_nodes if arg not in seen]
         seen.update(found.all_input_nodes)
@@ -148,19 +150,32 @@ class _Constants(Interpreter):
                 break
             if each.op == "placeholder" or any(arg in open_ for arg in each.all_input_nodes):
                 open_.add(each)
+                if _may_write(each) and any(arg in self.env for arg in each.all_input_nodes):
+                    raise ValueError(f"{each.name} may write into a constant")
                 continue
             self.env[each] = self.run_node(each)
         return self.env
 
 
+#: The in-place operators of Python, as Dynamo calls them.
+_IN_PLACE = ("setitem", *(f"i{op}" for op in ("add", "sub", "mul", "truediv", "floordiv", "and", "or", "xor", "pow")))
+
+
+def _may_write(node: Node) -> bool:
+    name = str(node.target) if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
+    return name in _IN_PLACE or name.endswith("_") or "out" in node.kwargs
+
+
 def _listed(counts: Tensor | None, indices: Tensor | None, block: Sequence[int], shape: Sequence[int]) -> Tensor:
     """The pairs in blocks that a block mask lists, ``[B, H, M, N]``; of each row of blocks the first ``counts``."""
     if counts is None or indices is None:
-        return torch.zeros((), dtype=torch.bool)
+        return torch.tensor(False)
     rows, columns = indices.shape[-2:]
-    named = torch.arange(columns) < counts[..., None]
-    chosen = torch.zeros((*indices.shape[:-1], columns + 1), dtype=torch.bool)
+    named = torch.arange(columns, device=indices.device) < counts[..., None]
+    chosen = torch.zeros((*indices.shape[:-1], columns + 1), dtype=torch.bool, device=indices.device)
     chosen.scatter_(-1, torch.where(named, indices, columns).long(), torch.ones_like(named))
-    row = (torch.arange(shape[0]) // block[0]).clamp(max=rows - 1)
-    column = (torch.arange(shape[1]) // block[1]).clamp(max=columns - 1)
+    row, column = (
+        (torch.arange(size, device=indices.device) // step).clamp(max=last - 1)
+        for size, step, last in zip(shape, block, (rows, columns), strict=True)
+    )
     return chosen[..., row[:, None], column[None, :]]

@@ -82,6 +82,15 @@ def test_rows_that_keep_no_key_are_zero() -> None:
     assert checked(call).fused
 
 
+def test_one_tensor_may_be_query_key_and_value() -> None:
+    def call(q: Tensor) -> Tensor:
+        return flex_attention(q, q, q, score_mod=lambda s, b, h, m, n: torch.tanh(s))
+
+    program = rewritten("dynamo", as_module(call), (x := torch.randn(2, 4, 40, 16),))
+    assert_as_good(program.run(x), call(x), call(x.double()))
+    assert program.report.fused
+
+
 # --- refused ----------------------------------------------------------------------------------------
 
 
