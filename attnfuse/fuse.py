@@ -52,7 +52,8 @@ Item = Site | Attention | Plan | Checked | Fused | Refused
 class State:
     """What the stages work on.
 
-    ``decisions`` are about the layouts of operands; ``replaced`` are the sites that lower has put a fused node for.
+    ``decisions`` are about the layouts of operands, ``undecided`` says why there are none; ``replaced`` are the sites
+    that lower has put a fused node for.
     """
 
     captured: Captured
@@ -60,6 +61,7 @@ class State:
     wishes: Wishes
     items: tuple[Item, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    undecided: str = ""
     replaced: tuple[Site, ...] = ()
     certificates: dict[str, Certificate] = field(default_factory=dict)
 
@@ -155,9 +157,10 @@ def _bug(doing: str, error: Exception, node: Node) -> Refused:
 
 def _place(state: State) -> State:
     plans = [item for item in state.items if isinstance(item, Plan)]
-    new, decisions = place(plans, state.captured, state.wishes)
-    fitting = dict(zip(map(id, plans), new, strict=True))
-    return replace(state, items=tuple(fitting.get(id(item), item) for item in state.items), decisions=decisions)
+    placed = place(plans, state.captured, state.wishes)
+    fitting = dict(zip(map(id, plans), placed.plans, strict=True))
+    items = tuple(fitting.get(id(item), item) for item in state.items)
+    return replace(state, items=items, decisions=placed.decisions, undecided=placed.reason)
 
 
 def _certify(state: State) -> State:
@@ -208,7 +211,6 @@ def _lowered(item: Checked, state: State, reads: Reads) -> Fused:
     site = item.plan.attention.site
     apply(item.plan, state.captured, reads[site.node])
     spec, problem = item.plan.attention.spec, item.plan.problem
-    operands = {"query": problem.query, "key": problem.key, "value": problem.value}
     return Fused(
         node=site.node.name,
         source=facts.source_line(site.softmax),
@@ -218,14 +220,15 @@ def _lowered(item: Checked, state: State, reads: Reads) -> Fused:
         kernel=item.plan.choice.kernel,
         seconds=item.plan.choice.seconds,
         certificate=item.certificate,
-        notes=_notes(item.plan),
-        layouts={name: operand.minor for name, operand in operands.items()},
+        notes=_notes(item.plan, state.undecided),
+        layouts=problem.minors,
         copies=copies_for(site.node, state.decisions),
     )
 
 
-def _notes(item: Plan) -> tuple[str, ...]:
-    notes = ["dropout draws from another random stream than the source"] if item.attention.spec.dropout else []
+def _notes(item: Plan, undecided: str) -> tuple[str, ...]:
+    notes = [undecided] if undecided else []
+    notes += ["dropout draws from another random stream than the source"] if item.attention.spec.dropout else []
     if item.problem.numerics == "fast":
         notes.append("fast numerics: fully masked rows may differ from the source")
     return tuple(notes)

@@ -83,11 +83,11 @@ def _live(nodes: list[Node]) -> frozenset[Node]:
     return frozenset(live)
 
 
-def gone_with(graph: Graph, replaced: Collection[Node]) -> frozenset[Node]:
-    """The nodes that nobody will need once ``replaced`` are."""
+def gone_with(graph: Graph, replaced: Collection[Node], kept: Collection[Node]) -> frozenset[Node]:
+    """The nodes that nobody will need once ``replaced`` are, except for those that are ``kept``."""
     gone = set(replaced)
     for node in reversed(graph.nodes):
-        if node.users and not facts.is_mutating(node) and gone.issuperset(node.users):
+        if node.users and node not in kept and not facts.is_mutating(node) and gone.issuperset(node.users):
             gone.add(node)
     return frozenset(gone)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,22 +17,24 @@ from attnfuse.graph.capture import fake_mode_of
 __all__ = ["refresh"]
 
 
-def refresh(graph: Graph, changed: Iterable[Node], among: Collection[Node] | None = None) -> None:
-    """Computes again the fake values of all that reads ``changed``, as far as strides differ, or of some of it.
+def refresh(graph: Graph, stale: Collection[Node], among: Collection[Node] | None = None) -> None:
+    """Computes again the fake values of ``stale`` nodes, and of all that reads them as far as strides differ.
 
-    Values that are no tensors, and those of nested graphs and of calls that write, are left as they are.
+    ``among`` are the nodes to which that is limited. Values that are no tensors, and those of nested graphs and of
+    calls that write, are left as they are; so are fused nodes, whose results lie as they always do.
     """
-    stale = {user for node in changed for user in node.users}
+    waiting = set(stale)
     with fake_mode_of(graph) or nullcontext():
-        for node in graph.nodes if stale else ():
-            if node in stale and (among is None or node in among) and _lies_elsewhere(node):
-                stale.update(node.users)
+        for node in graph.nodes if waiting else ():
+            if node in waiting and (among is None or node in among) and _lies_elsewhere(node):
+                waiting.update(node.users)
 
 
 def _lies_elsewhere(node: Node) -> bool:
     """Whether a node's value, computed again, has other strides; it is kept then."""
     before = _strides(facts.value(node))
-    if not before or facts.is_mutating(node) or isinstance(node.target, HigherOrderOperator):
+    fixed = facts.is_mutating(node) or facts.op_name(node) == "attention"
+    if not before or fixed or isinstance(node.target, HigherOrderOperator):
         return False
     args, kwargs = map_arg((node.args, node.kwargs), facts.value)
     if node.op == "call_function":

@@ -65,6 +65,11 @@ class Problem:
         return any(o.requires_grad for o in (self.query, self.key, self.value, *self.captures))
 
     @property
+    def minors(self) -> dict[str, Minor]:
+        """How query, key and value lie, by name."""
+        return {"query": self.query.minor, "key": self.key.minor, "value": self.value.minor}
+
+    @property
     def rows(self) -> int:
         """M, query rows of one head."""
         return self.query.shape[-2]

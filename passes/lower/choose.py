@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -76,20 +76,24 @@ def plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Ref
     return _planned(attention, start, problem, choice, wishes)
 
 
-def relaid(chosen: Plan, orders: Mapping[Node, Sequence[int]], wishes: Wishes) -> Plan:
-    """The plan with some inputs' dimensions in another order in memory, and the kernel that is fastest then.
+def relaid(chosen: Plan, minors: Mapping[str, Minor], orders: Mapping[Node, Sequence[int]], wishes: Wishes) -> Plan:
+    """The plan with operands in other layouts, and the kernel that is fastest then.
 
-    Raises :class:`NoKernel` when none can compute it so.
+    ``minors`` are the layouts of query, key and value, where they differ from the plan's, and ``orders`` those of the
+    inputs: the order of their dimensions in memory. Raises :class:`NoKernel` when none can compute it so.
     """
+    operands = {name: replace(getattr(chosen.problem, name), minor=minor) for name, minor in minors.items()}
+    problem = replace(chosen.problem, **operands)
+    choice = choose(problem, wishes.target, wishes.kernel, portable=wishes.portable)
+    if choice.kernel == chosen.choice.kernel and not wishes.portable:
+        # its node is the same in all layouts
+        return replace(chosen, choice=choice, problem=problem)
     standing = dict(zip(chosen.inputs, map(facts.value, _placeholders(chosen.replacement)), strict=True))
 
     def value(node: Node) -> object:
         return _lying(standing[node], orders[node]) if node in orders else standing[node]
 
-    start = draft(chosen.attention, value)
-    problem = _problem(chosen.attention, start.operands, wishes)
-    choice = choose(problem, wishes.target, wishes.kernel, portable=wishes.portable)
-    return _planned(chosen.attention, start, problem, choice, wishes)
+    return _planned(chosen.attention, draft(chosen.attention, value), problem, choice, wishes)
 
 
 def _lying(tensor: Tensor, order: Sequence[int]) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache, partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
@@ -16,16 +15,39 @@ from attnfuse.passes.lower.choose import Plan, Wishes
 from attnfuse.passes.lower.operands import nearest
 from attnfuse.passes.site import Demand, Layout, Leaf
 
-__all__ = ["demands"]
+__all__ = ["Prices", "demands"]
 
 _OPERANDS = ("query", "key", "value")
 
 
-def demands(plans: Sequence[Plan], wishes: Wishes) -> tuple[Demand, ...]:
-    """The operands of plans whose layout matters to some kernel. A tensor that is several operands is one demand."""
-    # layers ask the same questions
-    seconds = cache(partial(_seconds, wishes=wishes))
-    asked = (_demand(plan, node, names, seconds) for plan in plans for node, names in _tensors(plan).items())
+@dataclass(frozen=True)
+class Prices:
+    """What the fastest kernel takes for a problem; infinite where none can. Layers ask the same questions."""
+
+    wishes: Wishes
+    _known: dict[Problem, float] = field(default_factory=dict)
+
+    def seconds(self, problem: Problem) -> float:
+        """Seconds of a problem."""
+        if problem not in self._known:
+            self._known[problem] = self._asked(problem)
+        return self._known[problem]
+
+    def of(self, problem: Problem, names: Sequence[str]) -> tuple[float, float]:
+        """Seconds with these operands d-minor, and with them n-minor."""
+        return self.seconds(_with_minor(problem, names, "d")), self.seconds(_with_minor(problem, names, "n"))
+
+    def _asked(self, problem: Problem) -> float:
+        try:
+            choice = choose(problem, self.wishes.target, self.wishes.kernel, portable=self.wishes.portable)
+        except NoKernel:
+            return float("inf")
+        return choice.seconds[choice.kernel]
+
+
+def demands(plans: Sequence[Plan], prices: Prices) -> tuple[Demand, ...]:
+    """The operands of plans, and what their layouts cost. A tensor that is several operands is one demand."""
+    asked = (_demand(plan, node, names, prices) for plan in plans for node, names in _tensors(plan).items())
     return tuple(demand for demand in asked if demand is not None)
 
 
@@ -38,16 +60,13 @@ def _tensors(plan: Plan) -> dict[Node, tuple[str, ...]]:
     return found
 
 
-def _demand(plan: Plan, node: Node, names: tuple[str, ...], seconds: Callable[[Problem], float]) -> Demand | None:
+def _demand(plan: Plan, node: Node, names: tuple[str, ...], prices: Prices) -> Demand | None:
     dims = {_dims(getattr(plan.attention, name)) for name in names}
     (both,) = dims if len(dims) == 1 else {None}
     if both is None or min(facts.hint(node)[dim] for dim in both) < 2:
         return None
-    d, n = (seconds(_with_minor(plan.problem, names, minor)) for minor in ("d", "n"))
-    if d == n:
-        return None
     today = getattr(plan.problem, names[0]).minor
-    return Demand(plan.attention.site, names, node, *both, today, d, n)
+    return Demand(plan.attention.site, names, node, *both, today, *prices.of(plan.problem, names))
 
 
 def _dims(layout: Layout) -> tuple[int, int] | None:
@@ -62,14 +81,5 @@ def _dim_ending_in(leaf: Leaf, group: tuple[object, ...]) -> int | None:
     return next(ends, None)
 
 
-def _with_minor(problem: Problem, names: tuple[str, ...], minor: Minor) -> Problem:
+def _with_minor(problem: Problem, names: Sequence[str], minor: Minor) -> Problem:
     return replace(problem, **{name: replace(getattr(problem, name), minor=minor) for name in names})
-
-
-def _seconds(problem: Problem, wishes: Wishes) -> float:
-    """What the fastest kernel takes; infinite where none can."""
-    try:
-        choice = choose(problem, wishes.target, wishes.kernel, portable=wishes.portable)
-    except NoKernel:
-        return float("inf")
-    return choice.seconds[choice.kernel]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from attnfuse.passes.place.apply import Arranged, arrange, orders
 from attnfuse.passes.place.decide import Decision, decide
 from attnfuse.passes.place.describe import described
-from attnfuse.passes.place.extract import extract
+from attnfuse.passes.place.extract import Region, extract
 from attnfuse.passes.place.problem import IMPOSSIBLE, Labels, Price, Problem, Value
 from attnfuse.passes.place.solve import solve
 
@@ -16,6 +16,7 @@ __all__ = [
     "Labels",
     "Price",
     "Problem",
+    "Region",
     "Value",
     "arrange",
     "decide",

@@ -35,11 +35,12 @@ def arrange(decision: Decision, captured: Captured) -> Arranged:
     return _Arranger(decision, captured).run()
 
 
-def orders(decision: Decision) -> dict[Demand, tuple[int, ...]]:
-    """The order in memory of the dimensions of the operands that will lie otherwise than today."""
+def orders(decision: Decision, site: Node) -> dict[Node, tuple[int, ...]]:
+    """The order in memory of the dimensions of what a site will read, by value, where that is not today's."""
     held = _held(decision)
-    changed = ((demand, minor) for demand, minor in decision.demands.items() if minor != held[demand.node].today)
-    return {demand: memory_order(held[demand.node].strides(minor)) for demand, minor in changed}
+    read = decision.chosen | {each.node: minor for each, minor in decision.demands.items() if each.site.node is site}
+    turned = ((held[node], minor) for node, minor in read.items() if minor != held[node].today)
+    return {each.node: memory_order(each.strides(minor)) for each, minor in turned}
 
 
 def _held(decision: Decision) -> dict[Node, Held]:

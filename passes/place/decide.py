@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,6 +40,11 @@ class Decision:
         """The layout in which each operand is read."""
         return {part: label for part, label in self.parts() if isinstance(part, Demand)}
 
+    def minors(self, site: Node) -> dict[str, Minor]:
+        """The layouts of a site's operands by name, as far as the region decides them."""
+        mine = ((demand.operands, minor) for demand, minor in self.demands.items() if demand.site.node is site)
+        return {name: minor for names, minor in mine for name in names}
+
     def parts(self) -> list[tuple[Part, Minor]]:
         """Parts with their layouts."""
         return list(zip(self.region.parts, self.labels, strict=True))
@@ -76,9 +80,9 @@ class Decision:
         return {name: self.region.problem.cost(labels) for name, labels in _fixed_rules(self.region).items()}
 
 
-def decide(regions: Sequence[Region]) -> tuple[Decision, ...]:
-    """The best layouts of each region."""
-    return tuple(Decision(region, solve(region.problem)) for region in regions)
+def decide(region: Region) -> Decision:
+    """The best layouts of a region."""
+    return Decision(region, solve(region.problem))
 
 
 def _fixed_rules(region: Region) -> dict[str, Labels]:

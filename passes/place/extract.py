@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
@@ -49,6 +49,12 @@ class Region:
     problem: Problem
     batched: bool
 
+    def repriced(self, prices: Callable[[Demand], tuple[float, float]]) -> Region:
+        """The region with other prices of the operands, d-minor and n-minor."""
+        values = zip(self.parts, self.problem.values, strict=True)
+        new = (replace(v, price=Price(*prices(part))) if isinstance(part, Demand) else v for part, v in values)
+        return Region(self.parts, Problem(tuple(new)), self.batched)
+
 
 def extract(
     graph: Graph,
@@ -74,7 +80,8 @@ class _Writer:
 
     def __init__(self, held: dict[Node, Held], gone: Collection[Node], table: Table) -> None:
         self._held, self._table = held, table
-        self._ignored = {*gone, *held}
+        # what stops the walk may still hand on how its operands lie
+        self._ignored = {*gone, *(node for node, each in held.items() if not isinstance(each.reading, Stops))}
         self._at: dict[Hashable, int] = {}
         self._parts: list[Part] = []
         self._values: list[Value] = []

@@ -53,8 +53,7 @@ def factor(kernel: str, problem: Problem, target: Target) -> float:
     by_dtype = prices_of(target).factors.get(kernel, {})
     name = str(problem.value.dtype).removeprefix("torch.")
     known = by_dtype.get(name) or by_dtype.get(name.partition("_")[0], {})
-    operands = {"query": problem.query, "key": problem.key, "value": problem.value}
-    return math.prod(known.get(name, 1.0) for name, operand in operands.items() if operand.minor == "n")
+    return math.prod(known.get(name, 1.0) for name, minor in problem.minors.items() if minor == "n")
 
 
 @lru_cache
