@@ -4,6 +4,7 @@
 python scripts/bench.py --device cpu             every variant, length and dtype
 python scripts/bench.py --only llama,bias -n 2048
 python scripts/bench.py --quick                  seconds, not minutes: does it run at all
+python scripts/bench.py --device cuda            every variant on a GPU, forward and backward
 python scripts/bench.py --cost                   fuse_graph against nodes, and against Inductor
 python scripts/bench.py --layouts --device cuda  what layouts cost there; kept for the cost model
 """
@@ -16,11 +17,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 
 from benchmark import cost as rewriting
+from benchmark import gpu
 from benchmark.cases import DTYPES, QUICK_LENGTH, VARIANTS, Case, cases
 from benchmark.layouts import LAYOUT_DEVICES, as_rows, measure_layouts, write
 from benchmark.measure import Effort, measure
@@ -42,9 +45,7 @@ Dtypes = Annotated[str, typer.Option(help=f"of {', '.join(DTYPES)}; both when le
 
 
 def bench(
-    device: Annotated[
-        str, typer.Option(help="where to measure; but for --layouts, cpu is the only one so far")
-    ] = "cpu",
+    device: Annotated[str, typer.Option(help="where to measure: cpu or cuda")] = "cpu",
     only: Names = "",
     lengths: Lengths = "",
     dtypes: Dtypes = "",
@@ -58,9 +59,11 @@ def bench(
     if layouts:
         _bench_layouts(device, json, quick=quick)
         return
-    if device != "cpu":
-        raise typer.BadParameter(f"{device!r} cannot be measured; cpu is the only one so far", param_hint="--device")
-    if cost:
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{device!r} cannot be measured; cpu and cuda can", param_hint="--device")
+    if device == "cuda":
+        content, targets = _bench_gpu(only, tuple(map(_length, _words(lengths))))
+    elif cost:
         content, targets = _bench_cost(QUICK_LAYERS if quick else LAYERS, inductor_layers)
     else:
         sizes = tuple(map(_length, _words(lengths))) or ((QUICK_LENGTH,) if quick else ())
@@ -107,6 +110,18 @@ def _bench_rows(todo: Sequence[Case], effort: Effort) -> tuple[dict[str, Sequenc
         for peer, reason in row.absent.items():
             err.print(f"{row.case}: no figure for {peer}: {reason}", highlight=False)
     return {"rows": rows}, [*speed(rows), *growth(rows)]
+
+
+def _bench_gpu(only: str, lengths: tuple[int, ...]) -> tuple[dict[str, Sequence[Any]], list[Target]]:
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("there is no GPU that torch can use", param_hint="--device")
+    names = _known("variant", only, [variant.name for variant in VARIANTS])
+    rows = [gpu.measure_gpu(case) for case in track(gpu.gpu_cases(names, lengths), "measuring", console=err)]
+    out.print(gpu.as_table(rows))
+    for row in rows:
+        for peer, reason in row.absent.items():
+            err.print(f"{row.case}: no figure for {peer}: {reason}", highlight=False)
+    return {"rows": rows}, gpu.targets(rows)
 
 
 def _bench_cost(layers: Sequence[int], inductor_layers: int) -> tuple[dict[str, Sequence[Any]], list[Target]]:

@@ -31,21 +31,27 @@ def _sdpa(**options: Any) -> Attention:
 
 
 def _sdpa_alibi(given: Tensors) -> Attention:
-    length = given["key"].shape[2]
-    slopes = given["slopes"]
-    positions = torch.arange(length)
-    table = slopes[:, None, None] * (positions[None, :] - positions[:, None])
-    table = table.masked_fill(~_lower(length), float("-inf"))
-    return _sdpa(attn_mask=table[None])
+    slopes, lower = given["slopes"], _lower(given)
+    positions = torch.arange(len(lower), device=lower.device)
+
+    def table() -> Tensor:
+        full = slopes[:, None, None] * (positions[None, :] - positions[:, None])
+        return full.masked_fill(~lower, float("-inf"))[None]
+
+    def learned(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _sdpa(attn_mask=table())(query, key, value)
+
+    return learned if slopes.requires_grad else _sdpa(attn_mask=table())
 
 
 def _sdpa_window(given: Tensors) -> Attention:
+    lower = _lower(given)
+    return _sdpa(attn_mask=lower & ~lower.tril(-(len(lower) // 4)))
+
+
+def _lower(given: Tensors) -> Tensor:
     length = given["key"].shape[2]
-    return _sdpa(attn_mask=_lower(length) & ~_lower(length).tril(-(length // 4)))
-
-
-def _lower(length: int) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool).tril()
+    return torch.ones(length, length, dtype=torch.bool, device=given["key"].device).tril()
 
 
 SDPA: dict[str, Callable[[Tensors], Attention]] = {

@@ -44,15 +44,17 @@ _BY_KIND = {"cuda": "cuda:sm90", "rocm": "rocm:gfx942", "xpu": "xpu:pvc"}
 
 #: Shares of the peak that the two products reach, by head size at most: cuDNN's forward, our Triton forward.
 _CUDNN = ((64, 0.45), (128, 0.61), (512, 0.66))
-_TRITON = ((64, 0.37), (128, 0.48), (256, 0.38), (512, 0.12))
+_TRITON = ((64, 0.42), (128, 0.46), (256, 0.50), (512, 0.12))
 #: Backward: operations are 2.5 times the forward's, at this share of the forward's rate.
-_CUDNN_BACKWARD, _TRITON_BACKWARD = 0.87, 0.55
+_CUDNN_BACKWARD, _TRITON_BACKWARD = 0.87, 0.70
+#: In forwards, the gradient of a captured tensor that varies along rows and keys.
+_CAPTURED_BACKWARD = 1.9
 #: The share of the peak that batched products reach.
 _PRODUCTS = 0.65
 #: Seconds of a launch, of our operator written in Python, of a graph's launches.
 _LAUNCH, _OP, _UNFUSED_LAUNCHES = 5e-6, 10e-6, 15e-6
 #: How often Inductor moves the scores: written, read for the maximum and the sum, written as weights, read.
-_PASSES, _PASSES_TRAINING, _PASSES_EAGER = 5.0, 13.0, 20.0
+_PASSES, _PASSES_TRAINING, _PASSES_EAGER = 5.0, 8.0, 20.0
 #: Seconds of a tanh, as operations of the matrix units.
 _TANH = 60.0
 
@@ -92,6 +94,7 @@ def _fused(problem: Problem, target: Target, work: float, share: float, backward
     seconds = work * reached(band, problem.rows, problem.keys) / (_peak(problem, device) * share * filled)
     forward = max(seconds, _bytes(problem) / device.bandwidth)
     step = 1.0 + 2.5 / backward if problem.training else 1.0
+    step += _CAPTURED_BACKWARD if _captured_gradient(problem) else 0.0
     return step * forward + _LAUNCH + _OP
 
 
@@ -133,6 +136,13 @@ def _count(problem: Problem, op: str) -> int:
 def _bytes(problem: Problem) -> int:
     operands = (problem.query, problem.key, problem.value)
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in operands) + _captured_bytes(problem)
+
+
+def _captured_gradient(problem: Problem) -> bool:
+    return any(
+        x.requires_grad and {"m", "n"} <= set(captured.axes)
+        for x, captured in zip(problem.captures, problem.spec.captures, strict=False)
+    )
 
 
 def _captured_bytes(problem: Problem) -> int:

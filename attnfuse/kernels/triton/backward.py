@@ -348,14 +348,9 @@ def keys_gradient(
         h = (hk * PLAN.groups + g).to(tl.int64)
         head = outer * heads + hk * PLAN.groups + g
         rows_of, grads_of = placed(query, q_at, b, h), placed(grad_out, g_at, b, h)
-        if PLAN.right:
-            dk, dv = walk_rows(dk, dv, k, v, rows_of, grads_of, q_at, g_at, sums, seed, head, n, b, h,
-                               start, core_start, rows, keys, scope, False, PLAN)  # fmt: skip
+        # one loop: the tiles that a mask leaves whole cost a compare each, a second loop in the same program spills
         dk, dv = walk_rows(dk, dv, k, v, rows_of, grads_of, q_at, g_at, sums, seed, head, n, b, h,
-                           core_start, core_stop, rows, keys, scope, True, PLAN)  # fmt: skip
-        if PLAN.left:
-            dk, dv = walk_rows(dk, dv, k, v, rows_of, grads_of, q_at, g_at, sums, seed, head, n, b, h,
-                               core_stop, stop, rows, keys, scope, False, PLAN)  # fmt: skip
+                           start, stop, rows, keys, scope, not (PLAN.left or PLAN.right), PLAN)  # fmt: skip
     store_tile(placed(grad_key, dk_at, b, hk), dk_at, first, keys, dk * PLAN.factor, PLAN.keys, PLAN.width, PLAN.padded)
     store_tile(placed(grad_value, dv_at, b, hk), dv_at, first, keys, dv, PLAN.keys, PLAN.value_width, PLAN.value_padded)
 

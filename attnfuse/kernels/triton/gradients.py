@@ -20,7 +20,7 @@ from attnfuse.kernels.triton.logit import logit_of
 from attnfuse.kernels.triton.memory import Memory, capture_strides, memory_of
 from attnfuse.kernels.triton.plan import BackwardPlan
 from attnfuse.kernels.triton.planning import plan_of, precision_of
-from attnfuse.kernels.triton.tables import backward_schedules
+from attnfuse.kernels.triton.tables import Shape, backward_schedules
 from attnfuse.reference import Scope, evaluate, seed_of
 from attnfuse.score import Capture, Const, Expr, S, apply
 from attnfuse.spec import AttentionSpec
@@ -120,14 +120,22 @@ class Gradients:
         """The schedules of dQ and of dK and dV."""
         if self.schedules is not None:
             return self.schedules
-        widest = max(self.query.shape[-1], self.value.shape[-1])
-        return backward_schedules(Target.of(self.query.device), widest, self.query.element_size())
+        width, value_width = (1 << (x.shape[-1] - 1).bit_length() for x in (self.query, self.value))
+        banded = not masking_band(self.spec, tuple(self.symbols)).open
+        shape = Shape(width, value_width, self.query.element_size(), banded, self.query.shape[-2])
+        return backward_schedules(shape, crowded=any({"m", "n"} <= set(each.axes) for each in self.spec.captures))
 
     @property
     def small(self) -> Schedule:
         """That of sums over rows, which have little to do."""
         rows, _ = self.both
         return replace(rows, rows=min(rows.rows, 64), keys=min(rows.keys, 64), warps=4)
+
+    @property
+    def tiles(self) -> Schedule:
+        """That of a sum over heads, of whole tiles of scores: nothing is pipelined, so they may be large."""
+        rows, _ = self.both
+        return replace(rows, rows=128, keys=64, warps=8, stages=2) if rows.rows >= 64 else rows
 
     def strides(self, tensor: Tensor) -> tuple[int, ...]:
         """Those a body takes for a tensor."""
@@ -233,7 +241,7 @@ class Gradients:
             self._split(axes) if reduce == "heads" else (self.heads, 1, 1, self.query.shape[:-2])
         )
         program = apply("mul", Const(base.factor), pulled[Capture(slot)])
-        plan = self.plan(self.both[0] if reduce == "heads" else self.small, program, reduce)
+        plan = self.plan(self.tiles if reduce == "heads" else self.small, program, reduce)
         row_tiles, key_tiles = -(-rows // plan.rows), -(-keys // plan.keys)
         grids = {"heads": row_tiles * key_tiles * stays, "keys": row_tiles * stays, "rows": key_tiles * stays}
         shape = (*lead, *{"heads": (rows, keys), "keys": (rows, 1), "rows": (1, keys)}[reduce])

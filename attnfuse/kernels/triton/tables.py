@@ -36,11 +36,15 @@ _HOPPER = (
 )
 _AMPERE = (
     (64, Schedule(rows=128, keys=64, warps=4, stages=3)),
-    (128, Schedule(rows=128, keys=64, warps=8, stages=2)),
+    (128, Schedule(rows=128, keys=32, warps=8, stages=3)),
     (256, Schedule(rows=64, keys=32, warps=4, stages=2)),
     (512, Schedule(rows=32, keys=16, warps=4, stages=1)),
 )
-_BLACKWELL = _HOPPER
+_BLACKWELL = (
+    (64, Schedule(rows=128, keys=64, loading="descriptor", warps=8, stages=3)),
+    (128, Schedule(rows=128, keys=128, loading="descriptor", warps=8, stages=2)),
+    *_HOPPER[2:],
+)
 _CDNA = (
     (64, Schedule(rows=128, keys=64, warps=4, stages=1).with_knobs(waves_per_eu=2, matrix_instr_nonkdim=16)),
     (128, Schedule(rows=256, keys=64, warps=8, stages=1).with_knobs(waves_per_eu=2, matrix_instr_nonkdim=16)),
@@ -106,16 +110,24 @@ def _power(size: int) -> int:
 #: The backward: head size at most, then the schedules of dQ and of dK and dV; for two-byte elements.
 _BACKWARD = (
     (64, Schedule(rows=128, keys=64, warps=8, stages=3), Schedule(rows=64, keys=128, warps=8, stages=3)),
-    (128, Schedule(rows=128, keys=64, warps=8, stages=3), Schedule(rows=32, keys=64, warps=4, stages=3)),
+    (128, Schedule(rows=128, keys=64, warps=8, stages=3), Schedule(rows=64, keys=128, warps=8, stages=3)),
     (256, Schedule(rows=64, keys=32, warps=4, stages=1), Schedule(rows=32, keys=64, warps=8, stages=1)),
     (512, Schedule(rows=32, keys=16, warps=4, stages=1), Schedule(rows=16, keys=32, warps=8, stages=1)),
 )
+#: Where a band skips tiles, small ones skip more; where scores read tensors of their own, those need room too.
+_BACKWARD_SMALL = (
+    (128, Schedule(rows=64, keys=64, warps=4, stages=3), Schedule(rows=32, keys=64, warps=4, stages=3)),
+    *_BACKWARD[2:],
+)
 
 
-def backward_schedules(target: Target, widest: int, itemsize: int) -> tuple[Schedule, Schedule]:
-    """The schedules of dQ and of dK and dV, for heads of ``widest``."""
-    rows, keys = next((rows, keys) for most, rows, keys in _BACKWARD if widest <= most)
-    if itemsize > 2:
-        size = 32 if widest <= 128 else 16
+def backward_schedules(shape: Shape, *, crowded: bool) -> tuple[Schedule, Schedule]:
+    """The schedules of dQ and of dK and dV; ``crowded`` says that scores read tensors of their own."""
+    table = _BACKWARD_SMALL if crowded else _BACKWARD
+    rows, keys = next((rows, keys) for most, rows, keys in table if shape.widest <= most)
+    if shape.banded and not crowded:
+        keys = next(keys for most, _, keys in _BACKWARD_SMALL if shape.widest <= most)
+    if shape.itemsize > 2:
+        size = 32 if shape.widest <= 128 else 16
         rows, keys = (replace(each, rows=size, keys=size, warps=4, stages=1) for each in (rows, keys))
     return rows, keys

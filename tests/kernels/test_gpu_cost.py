@@ -1,0 +1,74 @@
+"""What is chosen for a GPU that is not here: decided by the cost model, whose order was measured on an H200."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnfuse.kernels import UNFUSED, Operand, Problem, choose
+from attnfuse.kernels.gpu import cost
+from attnfuse.kernels.triton import kernel as triton_kernel
+from attnfuse.target import Target
+from tests.kernels.cases import SPECS
+
+HOPPER = Target.parse("cuda:sm90")
+
+
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen for another machine is asked here as if Triton were installed, as it will be there."""
+    monkeypatch.setattr(triton_kernel, "_installed", tuple)
+
+
+def problem(name: str, *, rows: int = 4096, training: bool = False, dtype: torch.dtype = torch.bfloat16) -> Problem:
+    """Batch 2, 32 query heads over 8, 4096 keys, heads of 128."""
+    spec = SPECS[name]
+    extent = dict(zip(spec.axes, (2, 32, rows, 4096), strict=True))
+    captures = tuple(
+        Operand(tuple(extent[a] if a in c.axes else 1 for a in spec.axes), dtype, training) for c in spec.captures
+    )
+    key = Operand((2, 8, 4096, 128), dtype, training)
+    return Problem(spec, Operand((2, 32, rows, 128), dtype, training), key, key, captures, rows_kept=True)
+
+
+@pytest.mark.parametrize("name", ["scaled", "causal"])
+def test_cudnn_computes_what_it_can(name: str) -> None:
+    for training in (False, True):
+        found = choose(problem(name, training=training), HOPPER)
+        assert found.pays
+        assert found.kernel in ("cudnn", "gluon")
+
+
+@pytest.mark.parametrize("name", ["softcap, causal", "alibi", "bias", "window", "sink", "padding", "documents"])
+def test_masked_attention_is_fused(name: str) -> None:
+    found = choose(problem(name), HOPPER)
+    assert found.pays
+    assert "cudnn" not in found.seconds
+    # measured: Inductor takes four to twelve times as long
+    assert found.seconds[UNFUSED] > 2 * found.seconds[found.kernel]
+
+
+def test_a_bias_with_its_gradient_is_left_to_inductor() -> None:
+    """Measured: 10.8 ms against 8.9 for a step; what would be slower is not done."""
+    trained = problem("bias", training=True)
+    unfused = cost.unfused(trained, HOPPER)
+    assert cost.triton(trained, HOPPER) > unfused
+    assert cost.triton(problem("softcap, causal", training=True), HOPPER) < unfused
+
+
+def test_a_band_costs_what_it_reaches() -> None:
+    full, causal = (cost.triton(problem(name), HOPPER) for name in ("scaled", "causal"))
+    assert 0.45 < causal / full < 0.6
+
+
+@pytest.mark.parametrize("target", ["rocm:gfx942", "rocm:gfx950", "xpu:pvc", "cuda:sm80", "cuda:sm100"])
+def test_every_vendor_has_a_kernel(target: str) -> None:
+    found = choose(problem("softcap, causal"), Target.parse(target))
+    assert found.pays
+    assert found.kernel == "triton"
+
+
+def test_refusals_name_what_is_missing() -> None:
+    reasons = {c.name: c.reasons for c in choose(problem("softcap, causal"), HOPPER).candidates}
+    assert "SDPA has no softcap" in reasons["cudnn"]
+    assert reasons["blocked"] == ("runs on cpu, not on cuda",)

@@ -1,0 +1,94 @@
+"""The shipped schedules, compiled for devices that are not here: matrix instructions as computed, and no spills."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from tests.kernels.cases import SPECS
+
+if find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from tests.kernels.triton.offline import Compiled, Sizes, compiled
+
+#: Of each target its matrix instruction, and the compiler's text that it stands in.
+INSTRUCTION = {
+    "cuda:sm80": ("ptx", r"mma\.sync\.aligned\.m16n8k16"),
+    "cuda:sm90": ("ptx", r"wgmma\.mma_async"),
+    "cuda:sm100": ("ptx", r"tcgen05\.mma"),
+    "rocm:gfx942": ("amdgcn", r"v_mfma_f32_\d+x\d+x\d+_bf16"),
+    "rocm:gfx950": ("amdgcn", r"v_mfma_f32_\d+x\d+x\d+_bf16"),
+}
+#: Bytes of shared memory that a program may have.
+SHARED = {
+    "cuda:sm80": 166_912,
+    "cuda:sm90": 232_448,
+    "cuda:sm100": 232_448,
+    "rocm:gfx942": 65_536,
+    "rocm:gfx950": 163_840,
+}
+FULL = Sizes(1, 8, 2, 1024, 1024, 128, 128)
+
+
+def products(found: Compiled, target: str) -> int:
+    return found.count(*INSTRUCTION[target])
+
+
+@pytest.mark.parametrize("target", INSTRUCTION)
+def test_shipped_schedules_use_matrix_units_and_do_not_spill(target: str) -> None:
+    plain, causal = (compiled(target, SPECS[name], FULL) for name in ("scaled", "causal"))
+    # one loop of two products, and for the tiles on the diagonal another
+    assert products(causal, target) == 2 * products(plain, target) > 0
+    for found in (plain, causal):
+        assert found.resources()["spills"] == 0
+        assert found.shared <= SHARED[target]
+
+
+def test_hopper_multiplies_by_wgmma_and_loads_by_descriptor() -> None:
+    found = compiled("cuda:sm90", SPECS["causal"], FULL)
+    # a tile of 64 x 64 x 128: 128 / 16 for the first product and 64 / 16 for the second, in two loops
+    assert products(found, "cuda:sm90") == 2 * (128 // 16 + 64 // 16)
+    assert found.count("ptx", r"mma\.sync") == 0
+    assert found.count("ttir", r"tt\.descriptor_load") == 4
+
+
+def test_ponte_vecchio_loads_keys_and_values_by_descriptor() -> None:
+    """Intel's compiler is not at hand: this is what it would be given, as the CUDA target's first stage has it."""
+    from attnfuse.kernels.triton.tables import Shape, schedule_for
+    from attnfuse.target import Target
+
+    schedule = schedule_for(Target.parse("xpu:pvc"), Shape(128, 128, 2, banded=False, rows=1024))
+    found = compiled("cuda:sm90", SPECS["scaled"], FULL, schedule.without_knobs())
+    assert found.count("ttir", r"tt\.descriptor_load") == 2
+    assert found.count("ttir", r"= tt\.load ") == 1, "the query alone"
+
+
+def test_every_feature_compiles() -> None:
+    for target, names in (
+        ("cuda:sm90", ("bias", "sink", "dropout")),
+        ("rocm:gfx942", ("softcap, causal", "documents")),
+    ):
+        for name in names:
+            assert products(compiled(target, SPECS[name], Sizes(1, 2, 2, 200, 200, 64, 64), with_lse=True), target)
+
+
+def test_the_masked_and_the_unmasked_tiles_run_two_programs() -> None:
+    """Two functions of one name were one to Triton once, and no mask was applied."""
+    found = compiled("cuda:sm90", SPECS["causal"], FULL)
+    assert found.count("ttir", r"arith\.cmpi sle, .*tensor<64x64xi32>") == 1
+
+
+def test_float32_keeps_its_precision_unless_tf32_is_allowed() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    counts = {}
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            found = compiled("cuda:sm90", SPECS["scaled"], Sizes(1, 2, 2, 256, 256, 64, 64), dtype=torch.float32)
+            counts[allowed] = found.count("ttir", "inputPrecision = tf32x3")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert counts == {False: 2, True: 0}
