@@ -42,9 +42,9 @@ def is_call(node: Node) -> bool:
 def _call_of(node: Node) -> Node | None:
     if facts.op_name(node) == _CALL and facts.is_aten(node):
         return node
-    if node.target is operator.getitem and node.args[1] == 0:
+    if node.target is operator.getitem and node.args[1:] == (0,):
         (many,) = node.all_input_nodes
-        return many if facts.op_name(many) == _WITH_LSE else None
+        return many if facts.op_name(many) == _WITH_LSE and facts.is_aten(many) else None
     return None
 
 

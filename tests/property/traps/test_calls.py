@@ -89,6 +89,14 @@ def test_any_rank(door: str, shape: tuple[int, ...]) -> None:
     never_wrong(door, attention, *(torch.randn(shape) for _ in range(3)))
 
 
+def test_the_call_that_gives_the_sums_besides() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, True)[0]
+        return out
+
+    assert "causal" in never_wrong("training IR", attention, *qkv()).fused[0].what
+
+
 def test_a_single_key(door: str) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
