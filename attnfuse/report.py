@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
@@ -53,7 +53,7 @@ class Fused:
     seconds: dict[str, float] = field(default_factory=dict)
     certificate: Certificate = field(default_factory=Certificate)
     notes: tuple[str, ...] = ()
-    layouts: dict[str, str] = field(default_factory=dict)
+    layouts: Mapping[str, str] = field(default_factory=dict)
     copies: tuple[int, int] = (0, 0)
 
 

@@ -22,7 +22,15 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.weight == P])
+#: What the kernels that have schedules compute.
+COMPUTED = [
+    name
+    for name, spec in SPECS.items()
+    if spec.weight == P and spec.normaliser == "softmax" and spec.empty_rows == "nan"
+]
+
+
+@pytest.mark.parametrize("name", COMPUTED)
 def test_every_schedule_computes_every_spec(name: str) -> None:
     given = case(SPECS[name], replace(SIZES["grouped heads"], batch=(1,), keys=50), torch.float32)
     true = exact(given)

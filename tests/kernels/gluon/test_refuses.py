@@ -36,7 +36,9 @@ def test_plain_attention_is_not_refused() -> None:
 
 @pytest.mark.usefixtures("gluon")
 def test_every_spec_of_one_batch_without_weights_or_dropout() -> None:
-    refused = {name for name in SPECS if reasons(case(SPECS[name], SIZES["grouped heads"], torch.bfloat16).problem())}
+    # the registry answers for the others
+    known = [name for name, spec in SPECS.items() if spec.normaliser == "softmax" and spec.empty_rows == "nan"]
+    refused = {name for name in known if reasons(case(SPECS[name], SIZES["grouped heads"], torch.bfloat16).problem())}
     assert refused == {"weights squared", "dropout", "everything"}
 
 
