@@ -7,6 +7,7 @@ python scripts/bench.py --quick                  seconds, not minutes: does it r
 python scripts/bench.py --device cuda            every variant on a GPU, forward and backward
 python scripts/bench.py --cost                   fuse_graph against nodes, and against Inductor
 python scripts/bench.py --layouts --device cuda  what layouts cost there; kept for the cost model
+python scripts/bench.py --hopper --json out.json the Gluon kernel against cuDNN and FlexAttention, on a Hopper GPU
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rich.progress import track
 
 from benchmark import cost as rewriting
 from benchmark import gpu
+from benchmark import hopper as kernels
 from benchmark.cases import DTYPES, QUICK_LENGTH, VARIANTS, Case, cases
 from benchmark.layouts import LAYOUT_DEVICES, as_rows, measure_layouts, write
 from benchmark.measure import Effort, measure
@@ -51,6 +53,8 @@ def bench(
     dtypes: Dtypes = "",
     cost: Annotated[bool, typer.Option("--cost", help="measure the rewriting instead")] = False,
     layouts: Annotated[bool, typer.Option("--layouts", help="measure what layouts cost, for the cost model")] = False,
+    hopper: Annotated[bool, typer.Option("--hopper", help="measure the Gluon kernel on a Hopper GPU instead")] = False,
+    plot: Annotated[Path | None, typer.Option(help="draw --hopper's ratios to this PNG; needs matplotlib")] = None,
     inductor_layers: Annotated[int, typer.Option(help="the deepest Llama that --cost has Inductor compile")] = 32,
     quick: Annotated[bool, typer.Option("--quick", help="tiny and rough: a smoke test")] = False,
     check: Annotated[bool, typer.Option("--check", help="exit with 1 when a target is missed")] = False,
@@ -58,6 +62,9 @@ def bench(
 ) -> None:
     if layouts:
         _bench_layouts(device, json, quick=quick)
+        return
+    if hopper:
+        _bench_hopper(only, json, plot)
         return
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{device!r} cannot be measured; cpu and cuda can", param_hint="--device")
@@ -84,6 +91,13 @@ def _bench_layouts(device: str, path: Path | None, *, quick: bool) -> None:
     table = measure_layouts(device, quick=quick)
     out.print(as_rows(table))
     out.print(f"written to {write(table, path)}", highlight=False)
+
+
+def _bench_hopper(only: str, json: Path | None, plot: Path | None) -> None:
+    rows = kernels.hopper(only, json)
+    out.print(kernels.as_text(rows), highlight=False)
+    if plot is not None:
+        kernels.plot(rows, plot)
 
 
 def _words(listed: str) -> tuple[str, ...]:

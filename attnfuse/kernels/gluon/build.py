@@ -19,7 +19,7 @@ from attnfuse.kernels.triton.program import compiled
 __all__ = ["HOPPER", "Source", "build"]
 
 HOPPER = GPUTarget("cuda", 90, 32)
-_TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16}
+_TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
 _SIZES = ("heads", "group", "kv_batch", "rows", "keys", "left", "right", "row_tiles", "pairs", "together")
 
 
@@ -33,11 +33,27 @@ class Source:
 
     meta: Meta
     dtype: str
-    program: str | None = None
+    score: str | None = None
     sink: str | None = None
     captures: tuple[str, ...] = ()
     strides: tuple[str, ...] = ()
     symbols: int = 0
+    reads: tuple[str, ...] = ()
+    loaders: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A source's programs as jit functions. ``reads`` says of each capture how ``loaders`` read it.
+
+    ``"row"``: once for the rows of a work item. ``"key"``: once for a tile's keys. ``"score"``: for each score.
+    ``"panel"``: by the copy engine.
+    """
+
+    score: Any
+    sink: Any
+    reads: tuple[str, ...]
+    loaders: tuple[Any, ...]
 
 
 @cache
@@ -47,8 +63,10 @@ def build(source: Source) -> Any:
     strides = attention_forward.arg_names.index("strides")
     constants: dict[str | tuple[int, ...], Any] = {
         "meta": source.meta,
-        "program": _function(source.program),
-        "sink": _function(source.sink),
+        **({} if source.meta.panel else {"panel_desc": None}),
+        "programs": Programs(
+            _function(source.score), _function(source.sink), source.reads, tuple(map(_function, source.loaders))
+        ),
         **{(strides, place): 1 for place in ones},
     }
     found = GluonASTSource(attention_forward, _signature(source), constants)
@@ -66,11 +84,13 @@ def _function(text: str | None) -> Any:
 
 def _signature(source: Source) -> dict[str, Any]:
     meta, rows = source.meta, ROWS.value
+    panels = [kind for kind, read in zip(source.captures, source.reads, strict=True) if read == "panel"]
     return {
         "q_desc": _descriptor(source.dtype, rows, meta.head_block),
         "k_desc": _descriptor(source.dtype, meta.block_n, meta.head_block),
         "v_desc": _descriptor(source.dtype, meta.block_n, meta.value_block),
         "o_desc": _descriptor(source.dtype, rows, meta.value_block),
+        "panel_desc": _descriptor(panels[0], rows, meta.block_n) if panels else "constexpr",
         "lse": "*fp32",
         "counter": "*i32",
         "captures": tuple(f"*{kind}" for kind in source.captures),
@@ -78,7 +98,7 @@ def _signature(source: Source) -> dict[str, Any]:
         "symbols": ("i32",) * source.symbols,
         **dict.fromkeys(_SIZES, "i32"),
         "scale": "fp32",
-        **dict.fromkeys(("program", "sink", "meta"), "constexpr"),
+        **dict.fromkeys(("programs", "meta"), "constexpr"),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from typing import ClassVar
@@ -12,21 +13,25 @@ import torch
 from torch import Tensor
 
 from attnfuse.kernels.gluon.tuned import BLOCKS
-from attnfuse.kernels.kernel import Kernel
+from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Problem
-from attnfuse.kernels.registry import kernel
+from attnfuse.kernels.registry import kernel, kernels, lookup
 from attnfuse.kernels.rows import band_of
-from attnfuse.kernels.triton import untranslatable
+from attnfuse.kernels.triton import logit_of, untranslatable
 from attnfuse.reference import attention
-from attnfuse.score import P
+from attnfuse.score import P, S
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
 __all__ = ["Gluon"]
 
 DTYPES = (torch.bfloat16, torch.float16)
-#: Products a second, both counted, by the widest head's tile; measured on one H200, long sequences.
-RATES = {64: 480e12, 128: 630e12, 256: 680e12}
+#: The kernel whose backward is used.
+BACKWARD = "triton"
+#: Operations a second of both products, by the widest head's tile, and the share of it with a program; measured on one
+#: H200, long sequences.
+RATES = {64: 480e12, 128: 640e12, 256: 680e12}
+WITH_PROGRAM = 0.75
 #: Seconds of a launch, and bytes a second from memory.
 LAUNCH, BANDWIDTH = 12e-6, 4.0e12
 
@@ -38,18 +43,19 @@ class Gluon(Kernel):
     name: ClassVar[str] = "gluon"
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     gives_lse: ClassVar[bool] = True
+    saves_lse: ClassVar[bool] = True
 
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
         """What the body cannot compute, and where it cannot run."""
-        return (*_elsewhere(target), *_programs(problem.spec), *_operands(problem))
+        return (*_elsewhere(target), *_programs(problem.spec), *_operands(problem), *_training(problem, target))
 
     def cost(self, problem: Problem, target: Target) -> float:
-        """Products at the measured rate, masked tiles skipped; at least the bytes."""
-        width = max(problem.query.shape[-1], problem.value.shape[-1])
-        rate = next(rate for block, rate in RATES.items() if width <= block)
-        operands = (problem.query, problem.key, problem.value, *problem.captures)
-        moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in operands)
-        return max(problem.flops * _reached(problem) / rate, moved / BANDWIDTH) + LAUNCH
+        """Products at the measured rate, masked tiles skipped, at least the bytes; and another kernel's backward."""
+        forward = _forward_seconds(problem)
+        if not problem.training:
+            return forward
+        other, without = lookup(BACKWARD), _inference(problem)
+        return forward + other.cost(problem, target) - other.cost(without, target)
 
     def run(
         self,
@@ -81,6 +87,22 @@ class Gluon(Kernel):
         out, lse = _forward(spec, query, key, value, captures, symbols, with_lse=True)
         assert lse is not None
         return out, lse
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+        needs: Sequence[bool],
+        residual: Residual,
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients that the kernel ``triton`` computes from this forward's ``out`` and ``lse``."""
+        other = lookup(BACKWARD)
+        return other.backward(spec, grad_out, query, key, value, captures, symbols, needs, residual)
 
 
 def _forward(
@@ -154,9 +176,36 @@ def _operands(problem: Problem) -> tuple[str, ...]:
         (len(dtypes) > 1 or not dtypes <= set(DTYPES), "it needs operands of one half type, bfloat16 or float16"),
         (any(width % 8 for width in widths), f"it loads 16 bytes at a time, and heads are {widths} wide"),
         (max(widths) > BLOCKS[-1], f"its tiles are at most {BLOCKS[-1]} wide, and heads are {widths} wide"),
-        (problem.training, "it has no backward"),
     ]
     return tuple(reason for holds, reason in reasons if holds)
+
+
+def _training(problem: Problem, target: Target) -> tuple[str, ...]:
+    if not problem.training:
+        return ()
+    if BACKWARD not in kernels():
+        return (f"it has no backward of its own, and there is no kernel {BACKWARD!r} whose backward it could use",)
+    return tuple(f"its backward is that of {BACKWARD}: {each}" for each in lookup(BACKWARD).refuses(problem, target))
+
+
+# --- what it costs ----------------------------------------------------------------------------------
+
+
+def _forward_seconds(problem: Problem) -> float:
+    width = max(problem.query.shape[-1], problem.value.shape[-1])
+    rate = next(rate for block, rate in RATES.items() if width <= block)
+    if logit_of(problem.spec).core != S:
+        rate *= WITH_PROGRAM
+    operands = (problem.query, problem.key, problem.value, *problem.captures)
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in operands)
+    return max(problem.flops * _reached(problem) / rate, moved / BANDWIDTH) + LAUNCH
+
+
+def _inference(problem: Problem) -> Problem:
+    """The same attention, no gradient being asked for."""
+    operands = (problem.query, problem.key, problem.value, *problem.captures)
+    query, key, value, *captures = (replace(x, requires_grad=False) for x in operands)
+    return replace(problem, query=query, key=key, value=value, captures=tuple(captures))
 
 
 def _reached(problem: Problem) -> float:

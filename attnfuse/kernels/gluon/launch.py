@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,6 +33,7 @@ def forward(
     ``meta`` overrides the tuned choices, for measurements.
     """
     query, key, value = map(_loadable, (query, key, value))
+    captures = [x if x.data_ptr() % 16 == 0 else x.clone() for x in captures]
     batch, heads, rows, _ = query.shape
     out = query.new_empty((batch, rows, heads, value.shape[-1])).transpose(1, 2)
     lse = query.new_empty((batch, heads, rows), dtype=torch.float32) if with_lse else None
@@ -42,9 +43,8 @@ def forward(
     return out, lse
 
 
-@dataclass(frozen=True)
-class Descriptor:
-    """What Triton's launcher reads of a tensor descriptor."""
+class Descriptor(NamedTuple):
+    """What Triton's launcher reads of a tensor descriptor. One is made for each operand of each call."""
 
     base: Tensor
     shape: tuple[int, ...]
@@ -54,9 +54,11 @@ class Descriptor:
 
 def _launch(plan: Plan, operands: Sequence[Tensor], lse: Tensor | None, captures: Sequence[Tensor]) -> None:
     described = [Descriptor(x, *layout) for x, layout in zip(operands, plan.layouts, strict=True)]
+    panel = None if plan.panel is None else Descriptor(captures[plan.panel[0]], *plan.panel[1])
     stream = triton.runtime.driver.active.get_current_stream(plan.device)
     counter = _counter(plan.device, stream)
-    plan.run(*described, counter if lse is None else lse, counter, tuple(captures), *plan.numbers, stream=stream)
+    addresses = (counter if lse is None else lse, counter, tuple(captures))
+    plan.run(*described, panel, *addresses, *plan.numbers, stream=stream)
 
 
 @cache
@@ -67,8 +69,12 @@ def _counter(device: int, stream: int) -> Tensor:
 
 def _loadable(tensor: Tensor) -> Tensor:
     """The tensor as TMA can load it: aligned to 16 bytes along every dimension; a copy only where it is not."""
-    *strides, last = tensor.stride()
-    aligned = all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in zip(tensor.shape, strides))  # noqa: B905
-    if last == 1 and aligned and tensor.data_ptr() % 16 == 0:
+    if tensor.data_ptr() % 16 == 0 and _aligned(tensor.shape, tensor.stride()):
         return tensor
     return tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
+
+
+@lru_cache(maxsize=4096)
+def _aligned(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    outer = zip(shape[:-1], strides[:-1], strict=True)
+    return strides[-1] == 1 and all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in outer)

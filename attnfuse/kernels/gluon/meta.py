@@ -37,6 +37,10 @@ class Meta:
     #: Logits may be as large as floats are (:class:`attnfuse.kernels.triton.Logit`).
     huge: bool = False
     lse: bool = False
+    #: A capture that varies along rows and keys is read in panels, by the copy engine; it varies along batch, head.
+    panel: bool = False
+    panel_batch: bool = False
+    panel_head: bool = False
 
     @property
     def registers_at_entry(self) -> int:

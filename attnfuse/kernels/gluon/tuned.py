@@ -11,22 +11,22 @@ __all__ = ["BLOCKS", "tuned"]
 #: Widths of a tile; a head's is rounded up, and what is beyond it reads as zero.
 BLOCKS = (64, 128, 256)
 
-#: By the widths of query and value tiles, with registers for any program.
-_TABLE: dict[tuple[int, int], Meta] = {
+#: By the widths of query and value tiles, with registers for any program and room for a panel.
+_WITH_PROGRAM: dict[tuple[int, int], Meta] = {
     (64, 64): Meta(64, 64, stages=3),
     (64, 128): Meta(64, 128),
     (64, 256): Meta(64, 256, block_n=64),
     (128, 64): Meta(128, 64),
-    (128, 128): Meta(128, 128),
+    (128, 128): Meta(128, 128, shared_out=True),
     (128, 256): Meta(128, 256, block_n=64),
     (256, 64): Meta(256, 64, block_n=64),
     (256, 128): Meta(256, 128, block_n=64),
     (256, 256): Meta(256, 256, block_n=64, held=False, shared_out=True),
 }
+#: 192 rows to a block read a third fewer bytes than 128, and mask more scores behind a causal mask.
 _THREE_64 = Meta(64, 64, consumers=3, registers=160, stages=3, held=False)
 _THREE_128 = Meta(128, 128, consumers=3, registers=160, overlapped=False, shared_out=True)
-#: Keys from which 192 rows to a block are as good as 128 behind a causal mask: fewer bytes, more masked scores.
-_LONG_CAUSAL = 12288
+_LONG, _LONG_CAUSAL = 4096, 12288
 
 
 def tuned(width: int, value_width: int, keys: int, *, left: bool, right: bool, program: bool) -> Meta:
@@ -35,15 +35,21 @@ def tuned(width: int, value_width: int, keys: int, *, left: bool, right: bool, p
     ``program`` says that scores pass through one, which needs registers.
     """
     blocks = _block(width), _block(value_width)
-    meta = _TABLE[blocks]
-    if blocks == (64, 64) and not program:
-        meta = _THREE_64 if not right or keys >= _LONG_CAUSAL else replace(_THREE_64, overlapped=False)
-    if blocks == (128, 128) and not program and (not right or keys >= _LONG_CAUSAL):
-        meta = _THREE_128
+    meta = _WITH_PROGRAM[blocks] if program else _plain(blocks, keys, right)
     if blocks == (256, 256):
         # long blocks: the hardware's own order is the best
         return replace(meta, persistent=False, longest_first=right and not left)
-    return replace(meta, dynamic=right, longest_first=right and not left)
+    return replace(meta, dynamic=right or blocks == (64, 64), longest_first=right and not left)
+
+
+def _plain(blocks: tuple[int, int], keys: int, right: bool) -> Meta:
+    long = keys >= (_LONG_CAUSAL if right else _LONG)
+    match blocks:
+        case (64, 64):
+            return _THREE_64 if long or not right else replace(_THREE_64, overlapped=False)
+        case (128, 128):
+            return _THREE_128 if long else Meta(128, 128, held=False)
+    return _WITH_PROGRAM[blocks]
 
 
 def _block(width: int) -> int:

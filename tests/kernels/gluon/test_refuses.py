@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnfuse.kernels import Operand, Problem, lookup
+from attnfuse.kernels import Kernel, Operand, Problem, Residual, lookup, registry
 from attnfuse.kernels.gluon import hopper
 from attnfuse.score import parse
 from attnfuse.spec import AttentionSpec
@@ -50,7 +50,7 @@ def test_every_spec_of_one_batch_without_weights_or_dropout() -> None:
         (replace(PLAIN, key=replace(HALF, dtype=torch.float16)), "one half type"),
         (replace(PLAIN, value=replace(HALF, shape=(2, 4, 512, 50))), "16 bytes at a time"),
         (replace(PLAIN, value=replace(HALF, shape=(2, 4, 512, 264))), "at most 256 wide"),
-        (replace(PLAIN, value=replace(HALF, requires_grad=True)), "no backward"),
+        (replace(PLAIN, value=replace(HALF, requires_grad=True)), "no backward of its own"),
         (replace(PLAIN, spec=AttentionSpec(parse("s"), dropout=0.5)), "no dropout"),
         (replace(PLAIN, spec=AttentionSpec(parse("s"), parse("p * p"))), "no weight program"),
         (replace(PLAIN, spec=AttentionSpec(parse("s"), batch=2)), "one batch dimension"),
@@ -86,6 +86,38 @@ def test_a_gluon_of_other_names_is_refused_by_name(monkeypatch: pytest.MonkeyPat
     (reason,) = reasons(PLAIN)
     hopper._missing.cache_clear()
     assert "has no warp_specialize" in reason
+
+
+class Backward(Kernel):
+    """Stands in for the kernel whose backward is used."""
+
+    name = "triton"
+    devices = ("cuda",)
+
+    def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
+        return ("it is Friday",) if problem.keys == 511 else ()
+
+    def cost(self, problem: Problem, target: Target) -> float:
+        return 3.0 if problem.training else 1.0
+
+    def run(self, *operands: object) -> torch.Tensor:
+        raise AssertionError("the forward is ours")
+
+    def backward(self, *operands: object) -> tuple[torch.Tensor | None, ...]:
+        return (None, torch.ones(1), None)
+
+
+def test_its_backward_is_that_of_triton(gluon: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._KERNELS, "triton", Backward())
+    training = replace(PLAIN, value=replace(HALF, requires_grad=True))
+    assert reasons(training) == ()
+    kernel = lookup("gluon")
+    assert kernel.cost(training, HOPPER) == pytest.approx(kernel.cost(PLAIN, HOPPER) + 2.0)
+    operand = torch.ones(1)
+    found = kernel.backward(PLAIN.spec, operand, operand, operand, operand, (), (), (), Residual(operand))
+    assert found == (None, torch.ones(1), None)
+    short = replace(HALF, shape=(2, 4, 511, 128))
+    assert reasons(replace(training, key=short)) == ("its backward is that of triton: it is Friday",)
 
 
 def test_a_causal_mask_costs_half() -> None:

@@ -1,0 +1,59 @@
+"""How a score program's captures are read: what varies along rows or keys alone is not read score by score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from attnfuse.score import Capture, Const, Expr, Symbol, apply, rewrite, walk
+from attnfuse.spec import AttentionSpec, Captured
+
+__all__ = ["given", "reads_of"]
+
+_PANELS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def reads_of(
+    spec: AttentionSpec, program: Expr, strides: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
+) -> tuple[str, ...]:
+    """For each capture ``"row"``, ``"key"``, ``"score"`` or, for at most one, ``"panel"``; ``""`` where none reads it.
+
+    A panel is what TMA can load: halves or floats whose rows are contiguous and whose strides are of 16 bytes.
+    """
+    used = {part.slot for part in walk(program) if isinstance(part, Capture)}
+    found = [_read(each) if slot in used else "" for slot, each in enumerate(spec.captures)]
+    fits = (slot for slot, read in enumerate(found) if read == "score" and _is_panel(strides[slot], dtypes[slot]))
+    first = next(fits, None)
+    return tuple("panel" if slot == first else read for slot, read in enumerate(found))
+
+
+def _read(captured: Captured) -> str:
+    match ("m" in captured.axes, "n" in captured.axes):
+        case (_, False):
+            return "row"
+        case (False, True):
+            return "key"
+    return "score"
+
+
+def _is_panel(strides: tuple[int, ...], dtype: torch.dtype) -> bool:
+    return (
+        dtype in _PANELS
+        and strides[-1] == 1
+        and all(stride > 0 and stride * dtype.itemsize % 16 == 0 for stride in strides[:-1])
+    )
+
+
+def given(program: Expr, captures: tuple[Captured, ...], symbols: int) -> Expr:
+    """``program`` with the value of capture ``k`` as symbol ``symbols + k``, of the same kind."""
+
+    def rule(part: Expr) -> Expr:
+        if not isinstance(part, Capture):
+            return part
+        value, dtype = Symbol(symbols + part.slot), captures[part.slot].dtype
+        if dtype == "bool":
+            return apply("ne", value, Const(0))
+        return value if dtype.startswith(("int", "uint")) else apply("float", value)
+
+    return rewrite(program, rule)

@@ -1,0 +1,279 @@
+"""The Gluon kernel on a Hopper GPU beside cuDNN and FlexAttention: speed, ratio and error, one process, random data.
+
+Speeds are medians of ``triton.testing.do_bench`` over rounds in which every peer has its turn, launches included. A
+masked score counts no operations: behind a causal mask half of them. Errors are against float64, of one head:
+``norm(out - true) / norm(true)``. Reached by ``python scripts/bench.py --hopper``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attnfuse.kernels import lookup
+from attnfuse.reference import attention
+from attnfuse.score import parse
+from attnfuse.spec import AttentionSpec, Captured
+
+__all__ = ["Row", "as_text", "hopper", "plot"]
+
+ROUNDS, WARMUP, REPEAT = 3, 10, 80
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention. ``shape`` is batch, heads, keys, width; ``target`` the least ratio to ``peer`` that is wanted."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    spec: AttentionSpec
+    peer: str
+    target: float
+    causal: bool = True
+
+    @property
+    def flops(self) -> float:
+        batch, heads, keys, width = self.shape
+        return 4.0 * batch * heads * keys * keys * width * (0.5 if self.causal else 1.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a case: milliseconds, TFLOP/s, errors."""
+
+    case: str
+    peer: str
+    peer_ms: float
+    ours_ms: float
+    peer_tflops: float
+    ours_tflops: float
+    ratio: float
+    target: float
+    peer_error: float
+    ours_error: float
+
+
+# --- cases ------------------------------------------------------------------------------------------
+
+
+def _spec(score: str, *captures: str, sink: str | None = None) -> AttentionSpec:
+    found = tuple(Captured(tuple(c[:-1].split("[")[1].split(",")), c.split("[")[0]) for c in captures)
+    return AttentionSpec(parse(score), sink=None if sink is None else parse(sink), captures=found)
+
+
+def _plain() -> Iterator[Case]:
+    shapes = [
+        (1.05, (4, 16, 4096, 128)), (1.05, (8, 16, 8192, 128)), (1.05, (1, 32, 16384, 128)),
+        (1.15, (4, 32, 4096, 64)), (1.15, (1, 32, 16384, 64)), (1.05, (4, 8, 4096, 256)), (1.05, (1, 16, 16384, 256)),
+        (1.0, (16, 8, 512, 128)), (1.0, (8, 16, 1024, 128)),
+    ]  # fmt: skip
+    for target, shape in shapes:
+        scale = shape[3] ** -0.5
+        yield Case("full", shape, _spec(f"{scale} * s"), "cudnn", target, causal=False)
+        yield Case("causal", shape, _spec(f"where(n <= m, {scale} * s, -inf)"), "cudnn", target)
+
+
+def _programs() -> Iterator[Case]:
+    shape, scale = (2, 16, 8192, 128), 128**-0.5
+    programs = {
+        "softcap": _spec(f"where(n <= m, 50.0 * tanh({scale} * s / 50.0), -inf)"),
+        "alibi": _spec(f"where(n <= m, {scale} * s + t0 * (n - m), -inf)", "float32[h]"),
+        "bias": _spec(f"where(n <= m, {scale} * s + t0, -inf)", "bfloat16[h,m,n]"),
+        "window": _spec(f"where((n <= m) & (n >= m - 1023), {scale} * s, -inf)"),
+        "document": _spec(f"where((n <= m) & (t0 == t1), {scale} * s, -inf)", "int32[b0,m]", "int32[b0,n]"),
+        "sinks": _spec(f"where(n <= m, {scale} * s, -inf)", "bfloat16[h]", sink="t0"),
+    }
+    yield Case("causal", shape, _spec(f"where(n <= m, {scale} * s, -inf)"), "flex", 1.3)
+    for name, spec in programs.items():
+        yield Case(name, shape, spec, "flex", 1.3)
+
+
+CASES = (*_plain(), *_programs())
+DOCUMENTS = 6
+
+
+def _captures(case: Case, device: str) -> list[Tensor]:
+    """Random slopes, biases and sinks; documents of equal length."""
+    batch, heads, keys, _ = case.shape
+    sizes = {"b0": batch, "h": heads, "m": keys, "n": keys}
+    found = []
+    for captured in case.spec.captures:
+        shape = [sizes[axis] if axis in captured.axes else 1 for axis in ("b0", "h", "m", "n")]
+        dtype = getattr(torch, captured.dtype)
+        if captured.dtype == "int32":
+            ids = torch.arange(keys, device=device, dtype=dtype) * DOCUMENTS // keys
+            found.append(ids.view([1, 1, *shape[2:]]).expand(shape).contiguous())
+        else:
+            drawn = (
+                torch.rand(shape, device=device) * -0.1 if case.name == "alibi" else torch.randn(shape, device=device)
+            )
+            found.append(drawn.to(dtype))
+    return found
+
+
+# --- peers ------------------------------------------------------------------------------------------
+
+
+def _cudnn(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=case.causal)
+
+    return run
+
+
+def _flex(case: Case, query: Tensor, key: Tensor, value: Tensor, captures: list[Tensor]) -> Callable[[], Tensor]:
+    """FlexAttention as its users write it; sinks by the lse, which it returns."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: PLC0415
+
+    def keep(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
+        kept = m >= n
+        if case.name == "window":
+            kept = kept & (m - n < 1024)
+        if case.name == "document":
+            kept = kept & (captures[0][b, 0, m, 0] == captures[1][b, 0, 0, n])
+        return kept
+
+    def score(s: Tensor, b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
+        match case.name:
+            case "softcap":
+                return 50.0 * torch.tanh(s / 50.0)
+            case "alibi":
+                return s + captures[0][0, h, 0, 0] * (n - m)
+            case "bias":
+                return s + captures[0][0, h, m, n]
+        return s
+
+    batch, heads, keys, _ = case.shape
+    mask = create_block_mask(keep, batch if case.name == "document" else None, None, keys, keys, device="cuda")
+    modified = score if case.name in ("softcap", "alibi", "bias") else None
+    if case.name != "sinks":
+        return lambda: _compiled(flex_attention)(query, key, value, score_mod=modified, block_mask=mask)
+
+    def sunk() -> Tensor:
+        out, lse = flex_attention(query, key, value, block_mask=mask, return_lse=True)
+        return out * torch.sigmoid(lse - captures[0].view(1, heads, 1)).to(out.dtype)[..., None]
+
+    return _compiled(sunk)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+# --- measuring --------------------------------------------------------------------------------------
+
+
+def hopper(only: str = "", json_path: Path | None = None) -> list[Row]:
+    """Every case whose name, width or length contains ``only``; needs a Hopper GPU and Triton."""
+    cases = [case for case in CASES if not only or only in f"{case.name} {case.shape}"]
+    _build_ahead(cases)
+    rows = [_measured(case) for case in cases]
+    if json_path is not None:
+        about = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "rows": [asdict(row) for row in rows],
+        }
+        json_path.write_text(json.dumps(about, indent=1))
+    return rows
+
+
+def _build_ahead(cases: list[Case]) -> None:
+    """Compiles in parallel before there is a CUDA context; the launches find it in Triton's cache."""
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+        list(pool.map(_build, cases))
+
+
+def _build(case: Case) -> None:
+    from attnfuse.kernels.gluon.build import build  # noqa: PLC0415
+    from attnfuse.kernels.gluon.plan import sourced  # noqa: PLC0415
+
+    operand = torch.empty(case.shape, dtype=torch.bfloat16, device="meta")
+    tensors = (operand, operand, operand, *_captures(case, "meta"))
+    build(sourced(case.spec, tuple((x.shape, x.stride(), x.dtype) for x in tensors), (), with_lse=False)[0])
+
+
+def _measured(case: Case) -> Row:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    query, key, value = (torch.randn(case.shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    captures = _captures(case, "cuda")
+    peer = _cudnn(case, query, key, value) if case.peer == "cudnn" else _flex(case, query, key, value, captures)
+    kernel = lookup("gluon")
+
+    def ours() -> Tensor:
+        return kernel.run(case.spec, query, key, value, captures, ())
+
+    true = _true(case, query, key, value, captures)
+    errors = [_error(run()[:1, :1], true) for run in (peer, ours)]
+    peer_ms, ours_ms = _times([peer, ours])
+    peer_speed, our_speed = (case.flops / ms / 1e9 for ms in (peer_ms, ours_ms))
+    name, ratio = f"{case.name} {case.shape}", peer_ms / ours_ms
+    return Row(name, case.peer, peer_ms, ours_ms, peer_speed, our_speed, ratio, case.target, errors[0], errors[1])
+
+
+def _times(runs: list[Callable[[], Tensor]]) -> list[float]:
+    from triton.testing import do_bench  # noqa: PLC0415
+
+    rounds = [[do_bench(run, warmup=WARMUP, rep=REPEAT, return_mode="median") for run in runs] for _ in range(ROUNDS)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def _true(case: Case, query: Tensor, key: Tensor, value: Tensor, captures: list[Tensor]) -> Tensor:
+    """The first head of the first batch, in float64."""
+    first_query, first_key, first_value = (x[:1, :1].double() for x in (query, key, value))
+    cut = [x[:1, :1].double() if x.is_floating_point() else x[:1, :1] for x in captures]
+    return attention(case.spec, first_query, first_key, first_value, cut, ())[0]
+
+
+def _error(found: Tensor, true: Tensor) -> float:
+    return float((found.double() - true).norm() / true.norm())
+
+
+# --- showing ----------------------------------------------------------------------------------------
+
+
+def as_text(rows: list[Row]) -> str:
+    """A table, a line a case; a star where the target is met."""
+    head = f"{'case':34} {'peer':6} {'peer TF':>8} {'ours TF':>8} {'ratio':>6} {'target':>6}"
+    head += f"   {'error: peer':>11} {'ours':>8}"
+    return "\n".join([head, *map(_line, rows)])
+
+
+def _line(row: Row) -> str:
+    met = "*" if row.ratio >= row.target else " "
+    return (
+        f"{row.case:34} {row.peer:6} {row.peer_tflops:8.0f} {row.ours_tflops:8.0f} {row.ratio:6.2f} {row.target:6.2f}"
+        f" {met} {row.peer_error:11.1e} {row.ours_error:8.1e}"
+    )
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Ratios as bars, the targets as marks. Needs matplotlib."""
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    figure, axes = plt.subplots(figsize=(10, 0.32 * len(rows) + 1.2))
+    places = [-place for place in range(len(rows))]
+    axes.barh(
+        places, [row.ratio for row in rows], color=["#4477aa" if row.peer == "cudnn" else "#66aa88" for row in rows]
+    )
+    axes.plot([row.target for row in rows], places, "|", color="black", markersize=14)
+    axes.axvline(1.0, color="grey", linewidth=0.8)
+    axes.set_yticks(places, [f"{row.case}, {row.peer}" for row in rows])
+    axes.set_xlabel("times the peer's speed; marks: targets")
+    axes.set_xlim(0, math.ceil(max(row.ratio for row in rows) * 2) / 2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
