@@ -199,12 +199,9 @@ def _lower(state: State) -> State:
 
 
 def _fuelled(item: Checked) -> Checked | Refused:
-    site = item.plan.attention.site
-    if FUEL.take():
-        return item
-    return Refused(
-        "no optimisation fuel is left", site.softmax.name, facts.source_line(site.softmax), f"raise {FUEL.variable}"
-    )
+    node = item.plan.attention.site.softmax
+    line, remedy = facts.source_line(node), f"raise {FUEL.variable}"
+    return item if FUEL.take() else Refused("no optimisation fuel is left", node.name, line, remedy)
 
 
 def _lowered(item: Checked, state: State, reads: Reads) -> Fused:
@@ -221,7 +218,7 @@ def _lowered(item: Checked, state: State, reads: Reads) -> Fused:
         seconds=item.plan.choice.seconds,
         certificate=item.certificate,
         notes=_notes(item.plan, state.undecided),
-        layouts=problem.minors,
+        layouts=dict(problem.minors),
         copies=copies_for(site.node, state.decisions),
     )
 
@@ -229,9 +226,8 @@ def _lowered(item: Checked, state: State, reads: Reads) -> Fused:
 def _notes(item: Plan, undecided: str) -> tuple[str, ...]:
     notes = [undecided] if undecided else []
     notes += ["dropout draws from another random stream than the source"] if item.attention.spec.dropout else []
-    if item.problem.numerics == "fast":
-        notes.append("fast numerics: fully masked rows may differ from the source")
-    return tuple(notes)
+    fast = "fast numerics: fully masked rows may differ from the source"
+    return (*notes, fast) if item.problem.numerics == "fast" else tuple(notes)
 
 
 def _tidy(state: State) -> State:
