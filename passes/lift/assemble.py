@@ -111,11 +111,7 @@ def assembled(
         raise Unreadable("a dimension is empty")
     query, key = (factored(reader, *side, inner.node) for side in query_and_key(reader, inner, softmax.key.axes))
     value = viewed(reader, values, value_place, outer.node)
-    dropout, weights = weight_program(reader, weights, softmax.node)
-    normalised = reader.atom(softmax)
-    weight = rewrite(weights, lambda e: P if e == normalised else e)
-    if any(isinstance(atom, Softmax) for atom in _atoms(reader, weight)):
-        raise _refusal("something happens to the weights after dropout", softmax.node)
+    dropout, weight = _after_softmax(reader, weights, softmax)
     dot = apply("mul", apply("mul", query.factor, key.factor), S)
     slot = reader.atom(inner)
     score = rewrite(softmax.logit, lambda e: dot if e == slot else e)
@@ -135,6 +131,16 @@ def assembled(
         empty_rows=softmax.empty_rows,
     )
     return site_of(reader, parts)
+
+
+def _after_softmax(reader: Reader, weights: Expr, softmax: Softmax) -> tuple[float, Expr]:
+    """Dropout's rate, and what happens to a normalised weight before it."""
+    dropout, weights = weight_program(reader, weights, softmax.node)
+    normalised = reader.atom(softmax)
+    weight = rewrite(weights, lambda e: P if e == normalised else e)
+    if any(isinstance(atom, Softmax) for atom in _atoms(reader, weight)):
+        raise _refusal("something happens to the weights after dropout", softmax.node)
+    return dropout, weight
 
 
 @dataclass(frozen=True)

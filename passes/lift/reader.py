@@ -90,6 +90,8 @@ class Reader:
         other = copy(self)
         other._rules, other._memo, other.trail, other._consumer = rules, {}, [], consumer
         other._unlimited = self
+        # an operand stays a tensor, even one of equal numbers
+        other._constants = Constants()
         return other
 
     def unlimited(self) -> Reader:
