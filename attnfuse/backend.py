@@ -32,6 +32,7 @@ def attnfuse(
     given = dict(options or {})
     inner = given.pop("inner", _INNER)
     ours = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
+    ours.setdefault("compiled", inner == _INNER)
     fused = fuse_graph(gm, example_inputs, **ours)
     rest = {name: value for name, value in (("mode", mode), ("options", given or None)) if value}
     with _cache_key():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+from torch.nn import Module
 
 from attnfuse.axes import Axis, Index, Size, product, same_size
 from attnfuse.errors import AttnfuseError
@@ -42,12 +44,15 @@ class Builder:
         self._mode = fake_mode_of(graph)
         self._meta = "example_value" if before is not None and "example_value" in before.meta else "val"
         self._sizes: dict[Size, Node] = {}
+        #: Graphs that calls are given, by their attribute's name, of a graph that no module has yet.
+        self.modules: dict[str, Module] = {}
+        self._given: dict[Node, Module] = {}
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """A call of ``target``, its value computed on the fake values of its arguments."""
         with self._inserting():
             node = self._graph.create_node("call_function", target, args, kwargs, name=_name(target))
-        values = map_arg((args, kwargs), facts.value)
+        values = map_arg((args, kwargs), lambda arg: self._given.get(arg, facts.value(arg)))
         with self._mode or nullcontext():
             node.meta[self._meta] = target(*values[0], **values[1])
         if self._like is not None:
@@ -64,13 +69,30 @@ class Builder:
         names = [node for node in module.graph.nodes if node.op == "placeholder"]
         copies: dict[Node, Any] = dict(zip(names, inputs, strict=True))
         for node in module.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and node.users:
                 args, kwargs = map_arg((node.args, node.kwargs), copies.__getitem__)
                 copies[node] = self.call(node.target, *args, **kwargs)
             elif node.op == "get_attr":
-                raise AttnfuseError(f"a kernel's trace holds the constant {node.target}")
+                copies[node] = self._attribute(module, str(node.target))
         result: Any = module.graph.output_node().args[0]
         return cast("Node", copies[result[0] if isinstance(result, (tuple, list)) else result])
+
+    def _attribute(self, module: GraphModule, name: str) -> Node:
+        """A graph of ``module``'s, which a higher-order operator is given, as an attribute here."""
+        given = getattr(module, name)
+        if not isinstance(given, GraphModule):
+            raise AttnfuseError(f"a kernel's trace holds the constant {name}")
+        owner = self._graph.owning_module
+        taken = self.modules if owner is None else dict(owner.named_children())
+        fresh = next(new for at in count() if (new := f"{name}_{at}") not in taken)
+        if owner is None:
+            self.modules[fresh] = given
+        else:
+            owner.add_submodule(fresh, given)
+        with self._inserting():
+            node = self._graph.create_node("get_attr", fresh)
+        self._given[node] = given
+        return node
 
     @contextmanager
     def _inserting(self) -> Iterator[None]:

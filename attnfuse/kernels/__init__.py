@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnfuse.kernels.cpu import blocked as _blocked  # noqa: F401  (registers)
 from attnfuse.kernels.cpu import direct as _direct  # noqa: F401  (registers)
+from attnfuse.kernels.cpu import flex as _flex  # noqa: F401  (registers)
 from attnfuse.kernels.cpu import sdpa as _sdpa  # noqa: F401  (registers)
 from attnfuse.kernels.gluon import hopper as _hopper  # noqa: F401  (registers)
 from attnfuse.kernels.gpu import cudnn as _cudnn  # noqa: F401  (registers)

@@ -18,12 +18,13 @@ import torch
 from attnfuse.form import form_of, masked_by
 from attnfuse.kernels.cpu.calibrate import speed
 from attnfuse.kernels.cpu.chain import steps_of
+from attnfuse.kernels.cpu.split import split
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.rows import Band, band_of
-from attnfuse.score import Apply, P, walk
+from attnfuse.score import Apply, Index, P, walk
 from attnfuse.spec import AttentionSpec
 
-__all__ = ["blocked", "sdpa", "unfused"]
+__all__ = ["blocked", "direct", "flex", "sdpa", "unfused"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Rates:
     bias_gradient: float = 0.0
 
 
-FLOAT = Rates(product=0.0211, flash=0.0243)
+FLOAT = Rates(product=0.0211, flash=0.0243, tanh=3.7)
 BFLOAT16 = Rates(
     product=0.0095, flash=0.0258, pack=1.0, softmax=1.3, softmax_plain=1.0, softmax_unfused=1.1, tanh=0.7, band=1.2,
     spilled=2.6, training_blocked=3.4, training_unfused=2.2, bias_gradient=4.0,
@@ -70,6 +71,8 @@ RATES = {torch.float32: FLOAT, torch.bfloat16: BFLOAT16, torch.float16: HALF, to
 
 #: Each score: a step in place, a step out of place, a transcendental, Inductor's tanh, a sink's concatenation.
 STEP, COPYING_STEP, TRANSCENDENTAL, TANH_UNFUSED, SINK_UNFUSED = 0.1, 0.8, 0.8, 1.7, 0.4
+#: Each score: a bias that is computed from indices, such as a slope times a distance.
+INDEXED_BIAS = 1.4
 #: Each score: Inductor's mask, which it computes or reads score by score (0.4 to 3 were measured).
 MASK_UNFUSED = 0.4
 #: Each score: the derivative of a tanh.
@@ -88,8 +91,18 @@ BYTE = 0.08
 BLOCK, CALL, FLASH_CALL, UNFUSED_CALL = 100e3, 150e3, 60e3, 60e3
 #: Nanoseconds that a call of an operator written in Python takes before its kernel starts.
 OP = 40e3
+#: flex_attention's products and softmax, in those of ATen's flash attention, which is blocked alike: float32 on Zen 4
+#: (1.69 to 1.85), half types there (2.25 to 2.55), and bfloat16 with AMX, where both pack their operands.
+FLEX_FLOAT, FLEX_HALF, FLEX_TILES = 1.7, 2.4, 1.43
+#: Each score: a step of its program, and what a tanh or the like adds to that.
+FLEX_STEP, FLEX_TRANSCENDENTAL = 0.15, 1.0
+#: Nanoseconds of a call at 100 keys. What it is estimated to save must exceed a twentieth: it takes seconds to compile.
+FLEX_CALL, FLEX_MARGIN = 300e3, 1.05
+#: Rows of flex_attention's blocks.
+BLOCK_OF_FLEX = 128
 #: Bytes of a last-level cache.
 CACHE = 32 << 20
+_TRANSCENDENTAL = {"tanh", "exp", "log", "sigmoid", "erf", "pow", "sin", "cos"}
 ROWS_IN_BLOCK, SCORES_IN_BLOCK = 128, 1 << 19
 
 
@@ -122,6 +135,22 @@ def direct(problem: Problem) -> float:
 def sdpa(problem: Problem) -> float:
     """Seconds of :mod:`attnfuse.kernels.cpu.sdpa`, called through our op."""
     return _flash(problem) + OP * 1e-9
+
+
+def flex(problem: Problem) -> float:
+    """Seconds of :mod:`attnfuse.kernels.cpu.flex` under Inductor, plus what it must save to be worth compiling."""
+    rates, threads = _rates(problem), torch.get_num_threads()
+    parts = split(problem.spec, problem.rows, problem.keys)
+    half = problem.query.dtype != torch.float32
+    # flash attention that is faster than products is what tiles for half types (AMX) make of it
+    slower = FLEX_FLOAT if not half else FLEX_TILES if rates.flash < rates.product else FLEX_HALF
+    steps = [part.op for part in walk(parts.score) if isinstance(part, Apply)]
+    each = slower * _contraction(problem, rates.flash) + FLEX_STEP * len(steps)
+    each += FLEX_TRANSCENDENTAL * sum(op in _TRANSCENDENTAL for op in steps)
+    scores = problem.scores * _reached(parts.band, problem, BLOCK_OF_FLEX)
+    # written twice and read once more
+    moved = 3 * problem.heads * problem.rows * problem.value.shape[-1] * problem.value.dtype.itemsize * BYTE
+    return FLEX_MARGIN * ((scores * each + moved) / threads + FLEX_CALL) * 1e-9
 
 
 def _flash(problem: Problem) -> float:
@@ -221,8 +250,9 @@ def _program(problem: Problem, rates: Rates) -> float:
         cost += (COPYING_STEP if steps_of(spec.score) is None else STEP) * len(steps)
     else:
         masked = form.keep and not band_of(spec, problem.symbols).exact
+        cost += INDEXED_BIAS * any(isinstance(part, Index) for summand in form.bias for part in walk(summand))
         cost += STEP * (len(form.bias) + 2 * (form.softcap is not None) + 2 * bool(masked))
-    cost += TRANSCENDENTAL * sum(op in ("exp", "log", "sigmoid", "erf", "pow", "sin", "cos") for op in steps)
+    cost += TRANSCENDENTAL * sum(op in _TRANSCENDENTAL - {"tanh"} for op in steps)
     cost += COPYING_STEP * sum(isinstance(part, Apply) for part in walk(spec.weight))
     return cost + _capture_bytes(problem) / max(problem.scores, 1) * BYTE * 2
 

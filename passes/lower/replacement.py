@@ -47,17 +47,17 @@ def draft(attention: Attention, value: Callable[[Node], object] = facts.value) -
 
 
 def finished(attention: Attention, start: Draft, kernel: Kernel, portable: bool, training: bool) -> GraphModule:
-    """The draft with the fused node, computed by ``kernel``; as the kernel's own ATen calls when ``portable``."""
+    """The draft with the fused node, computed by ``kernel``; its own operations where inlined or ``portable``."""
     builder = Builder(start.graph)
     operands = start.operands
     if attention.spec.dropout:
         operands = _with_seed(builder, operands)
-    out = (_traced if portable else _called)(builder, attention.spec, operands, kernel, training)
+    out = (_traced if portable or kernel.inlined else _called)(builder, attention.spec, operands, kernel, training)
     result = restore(builder, attention, out)
     if matters(attention.site.node):
         result = laid_out_like(builder, result, attention.site.node)
     start.graph.output(result)
-    return GraphModule({}, start.graph)
+    return GraphModule(builder.modules, start.graph)
 
 
 def _with_seed(builder: Builder, operands: Operands) -> Operands:

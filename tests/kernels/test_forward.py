@@ -15,7 +15,7 @@ from attnfuse.target import Target
 from tests.kernels.cases import BATCHES, SIZES, SPECS, Case, assert_as_exact, case, conditioning, exact, written_out
 
 CPU = Target("cpu")
-KERNELS = ("blocked", "direct", "sdpa")
+KERNELS = ("blocked", "direct", "flex", "sdpa")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -94,7 +94,7 @@ def test_exact_scores_are_not_rounded_to_bfloat16(kernel: str) -> None:
 
 def test_each_kernel_is_tried_on_something() -> None:
     tried = {k: sum(able(case(s, SIZES["odd"], torch.float32), k) for s in SPECS.values()) for k in KERNELS}
-    assert tried == {"blocked": len(SPECS), "direct": len(SPECS), "sdpa": 10}
+    assert tried == {"blocked": len(SPECS), "direct": len(SPECS), "flex": 20, "sdpa": 10}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
