@@ -29,5 +29,8 @@ def _fake(tensor: Tensor, finite: bool = False) -> Tensor:
 _LIBRARY.impl("stored", _stored, "CompositeExplicitAutograd")
 torch.library.register_fake("attnfuse::stored", _fake, lib=_LIBRARY)
 
-#: A contiguous copy, ``[...]`` of any dtype; what is not finite becomes NaN where ``finite`` is promised.
-stored = torch.ops.attnfuse.stored.default
+
+def stored(tensor: Tensor, finite: bool = False) -> Tensor:
+    """A contiguous copy; with ``finite`` promised, floats that are not become NaN."""
+    copy: Tensor = torch.ops.attnfuse.stored.default(tensor, finite)
+    return copy
