@@ -13,15 +13,13 @@ from attnfuse.kernels.cpu.sdpa import Sdpa, four_d, is_causal, scale_of, summed
 from attnfuse.kernels.gpu import cost
 from attnfuse.kernels.kernel import Residual
 from attnfuse.kernels.problem import Problem
-from attnfuse.kernels.registry import kernel
-from attnfuse.kernels.rows import band_of
+from attnfuse.kernels.registry import kernel, lookup
 from attnfuse.reference import attention
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
 __all__ = ["Cudnn"]
 
-ARCHITECTURES = ("", "sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120")
 WIDEST = 128
 
 
@@ -85,12 +83,11 @@ class Cudnn(Sdpa):
         needs: Sequence[bool],
         residual: Residual,
     ) -> tuple[Tensor | None, ...]:
-        """The backward of cuDNN, of the lse that the forward kept."""
+        """The backward of cuDNN, of the lse that the forward kept; our own where a gradient reached the lse."""
         batch = query.shape[:-3]
-        if 0 in (*query.shape, *key.shape, *value.shape):
-            return tuple(
-                torch.zeros_like(x) if need else None for x, need in zip((query, key, value), needs, strict=True)
-            )
+        if residual.grad_lse is not None or 0 in (*query.shape, *key.shape, *value.shape):
+            other = lookup("triton")
+            return other.backward(spec, grad_out, query, key, value, captures, symbols, needs, residual)
         out, lse = residual.out, residual.lse
         if lse is None:
             out, lse = _forward(spec, query, key, value, with_lse=True)
@@ -101,17 +98,17 @@ class Cudnn(Sdpa):
             query.shape[-2], key.shape[-2], 0.0, is_causal(spec), scale=scale_of(spec),
         )  # fmt: skip
         wanted = zip(grads, (query, key, value), needs[:3], strict=True)
-        return tuple(summed(grad, x, batch) if need else None for grad, x, need in wanted)
+        return (*(summed(grad, x, batch) if need else None for grad, x, need in wanted), *(None for _ in captures))
 
 
 def _unsupported(problem: Problem) -> tuple[str, ...]:
     spec = problem.spec
-    form, band = form_of(spec.score), band_of(spec)
+    form = form_of(spec.score)
     plain = form is not None and not form.bias and (not form.keep or is_causal(spec))
     dtypes = {x.dtype for x in (problem.query, problem.key, problem.value)}
     widths = (problem.query.shape[-1], problem.value.shape[-1])
     reasons = [
-        (not plain and band is not None, "cuDNN is called for plain and top-left causal attention only"),
+        (not plain, "cuDNN is called for plain and top-left causal attention only"),
         (spec.dropout > 0, "cuDNN's dropout draws a random stream of its own"),
         (len(dtypes) > 1 or not dtypes <= {torch.float16, torch.bfloat16}, "cuDNN needs operands of one half type"),
         (

@@ -115,6 +115,19 @@ def source_gradients(given: Case, grad_out: Tensor) -> list[Tensor]:
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(floats, found, strict=True)]
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_lse_has_a_gradient(kernel: str) -> None:
+    given = on_gpu(case(SPECS["causal"], WIDTHS["heads of 64, values of 64"], torch.bfloat16)).leaves()
+    _, lse = attention(*given.operands[:3], [], [], given.spec.to_text(), kernel, True)
+    exactly = given.to(torch.float64).leaves()
+    _, true = reference(exactly.spec, *exactly.operands[:3])
+    grad = torch.randn_like(lse)
+    found = torch.autograd.grad(lse, given.operands[:2], grad)
+    truth = torch.autograd.grad(true, exactly.operands[:2], grad)
+    _, source = reference(given.spec, *given.operands[:3])
+    assert_as_exact(found, torch.autograd.grad(source, given.operands[:2], grad), truth, 8.0)
+
+
 def test_a_broadcast_batch_of_keys() -> None:
     given = on_gpu(case(SPECS["causal"], replace(SIZES["odd"], width=64, value_width=64), torch.bfloat16))
     shared = replace(given, key=given.key[:1], value=given.value[:1])
