@@ -109,6 +109,11 @@ def test_a_machine_that_cannot_compile_is_refused_in_words(monkeypatch: pytest.M
         assert lookup("flex").refuses(problem("causal"), CPU) == ("torch.compile is switched off",)
 
 
+def test_autocast_is_refused() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "fails in Inductor under autocast" in lookup("flex").refuses(problem("causal"), CPU)
+
+
 @compiling
 def test_fast_numerics_let_empty_rows_be_zero() -> None:
     padded = problem("padding")
