@@ -11,12 +11,14 @@ import operator
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch._guards import tracing
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast  # what Dynamo calls where a program enters autocast
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import (
     make_fx,
@@ -54,6 +56,12 @@ class Captured:
     def is_given(self, node: Node) -> bool:
         """Whether the edited graph has the value of a node of ``aten``."""
         return self.is_aten or node in self.home or (node in self.closed and self.closed[node].can_open)
+
+    @cached_property
+    def casts(self) -> bool:
+        """Whether autocast is on, or switched on somewhere in the edited graph."""
+        on = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda", "xpu"))
+        return on or any(node.target is _enter_autocast for node in self.module.graph.nodes)
 
     def is_parameter(self, node: Node) -> bool:
         """Whether a node of ``aten`` is a module's parameter."""

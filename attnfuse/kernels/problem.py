@@ -42,6 +42,7 @@ class Problem:
 
     ``symbols`` are hints of the spec's symbolic sizes, for estimates only (empty when unknown);
     ``compiled`` says that the graph around the attention will be compiled, and so would the unfused one.
+    ``autocast`` says that autocast is on, or switched on somewhere in the graph.
     ``dynamic`` says that sizes may differ from the hints at run time; ``rows_kept`` that every query
     row is *proven* to keep at least one key, so that fully masked rows cannot occur. ``source`` says what a kernel
     competes with.
@@ -54,6 +55,7 @@ class Problem:
     captures: tuple[Operand, ...] = ()
     symbols: tuple[int, ...] = ()
     compiled: bool = True
+    autocast: bool = False
     dynamic: bool = False
     rows_kept: bool = False
     numerics: Numerics = "faithful"

@@ -64,7 +64,7 @@ def plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Ref
     """The best plan for a site; refused where no kernel can, or none is estimated to pay."""
     try:
         start = draft(attention, captured.value)
-        problem = _problem(attention, start.operands, wishes)
+        problem = replace(_problem(attention, start.operands, wishes), autocast=captured.casts)
         choice = choose(problem, wishes.target, wishes.kernel, portable=wishes.portable)
     except (UnknownSize, NoKernel) as error:
         return _refusal(attention, str(error))

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from attnfuse import fuse_graph
+from attnfuse.graph.capture import capture
 from attnfuse.graph.text import render
 from attnfuse.kernels import Operand, Problem, choose, cost, lookup
 from attnfuse.kernels.cpu import flex
@@ -110,8 +112,25 @@ def test_a_machine_that_cannot_compile_is_refused_in_words(monkeypatch: pytest.M
 
 
 def test_autocast_is_refused() -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        assert "fails in Inductor under autocast" in lookup("flex").refuses(problem("causal"), CPU)
+    assert "fails in Inductor under autocast" in lookup("flex").refuses(replace(problem("causal"), autocast=True), CPU)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_is_seen_in_a_graph_and_around_it(inside: bool) -> None:
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            return torch.softmax(query @ key.mT, dim=-1) @ value
+
+    seen: list[bool] = []
+
+    def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        seen.append(capture(graph).casts)
+        return graph.forward
+
+    torch.compiler.reset()
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        torch.compile(attention, backend=backend, fullgraph=True)(*(torch.randn(1, 2, 8, 4) for _ in range(3)))
+    assert seen == [True]
 
 
 @compiling

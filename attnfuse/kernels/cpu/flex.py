@@ -124,7 +124,7 @@ def _cannot_take(problem: Problem) -> tuple[str, ...]:
         (not problem.compiled, "is dense where nothing compiles it"),
         (problem.dynamic, "is compiled for sizes that are known, and here one is symbolic"),
         (problem.training, "has no backward on CPUs"),
-        (torch.is_autocast_enabled("cpu"), "fails in Inductor under autocast"),
+        (problem.autocast, "fails in Inductor under autocast"),
         (len(dtypes) > 1 or not dtypes <= set(DTYPES), "needs operands of one dtype: float32, bfloat16 or float16"),
         (problem.rows == 1, "one query row is a matrix times a vector, which blocks of rows do not help"),
         (0 in sizes, "needs every size to be at least one"),
