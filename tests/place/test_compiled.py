@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from attnfuse import fuse_graph
+from attnfuse import fuse, fuse_graph
 from tests.place.conftest import Picky
 from tests.place.programs import WIDTH, B, N, attend, heads
 
@@ -60,24 +60,34 @@ def test_inductor_keeps_the_strides(make: Callable[[], nn.Module], training: boo
 
 @pytest.mark.slow
 def test_eighty_layers_take_under_two_seconds(picky: Picky, monkeypatch: pytest.MonkeyPatch) -> None:
-    # the machine may be busy with other things
-    monkeypatch.setattr(time, "perf_counter", time.process_time)
+    """Extraction, solution, new plans and edits, in seconds of this process: others may load the machine."""
     hf = pytest.importorskip("transformers")
     widths: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     options: dict[str, Any] = {"num_key_value_heads": 2, "attn_implementation": "eager", "use_cache": False}
     model = hf.LlamaModel(hf.LlamaConfig(num_hidden_layers=80, **widths, **options)).eval()
     seconds: list[float] = []
+    for step in ("place", "rearrange", "refreshed"):
+        monkeypatch.setattr(fuse, step, timed(getattr(fuse, step), seconds))
 
     def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        started = time.process_time()
         report = fuse_graph(graph, inputs, kernel=picky(), **CHOSEN).meta["attnfuse_report"]
-        assert time.process_time() - started < 60
         assert [site.layouts["value"] for site in report.fused] == ["n"] * 80
-        seconds.append(report.stages["place"])
         return graph.forward
 
     torch.compiler.reset()
     ids = torch.randint(0, 64, (2, 16))
     with torch.no_grad():
         torch.compile(model, backend=backend, fullgraph=True)(input_ids=ids, attention_mask=torch.ones_like(ids))
-    assert seconds[0] < 2.0
+    assert len(seconds) == 3
+    assert sum(seconds) < 2.0
+
+
+def timed(step: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        started = time.process_time()
+        try:
+            return step(*arguments)
+        finally:
+            seconds.append(time.process_time() - started)
+
+    return call
