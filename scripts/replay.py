@@ -35,12 +35,7 @@ def replay(only: Names = "", against: Revision = "", python: Python = "") -> Non
     if not against and not python:
         sys.stdout.writelines(f"{line}\n" for line in lines(only))
         return
-    if (
-        against
-        and subprocess.run(
-            [*_GIT, "rev-parse", "--verify", "--quiet", against], capture_output=True, check=False
-        ).returncode
-    ):
+    if against and not _is_commit(against):
         raise typer.BadParameter(f"{against!r} is no commit here")
     there = _elsewhere(only, against, python or sys.executable)
     here = list(lines(only))
@@ -71,6 +66,11 @@ def lines(only: str) -> Iterator[str]:
             yield f"  site {number}: {what}"
             if isinstance(site, Fused):
                 yield f"    {site.spec}"
+
+
+def _is_commit(revision: str) -> bool:
+    command = [*_GIT, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _elsewhere(only: str, revision: str, python: str) -> list[str]:
