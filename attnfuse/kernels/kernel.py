@@ -49,8 +49,12 @@ class Kernel(ABC):
     normalisers: ClassVar[tuple[Normaliser, ...]] = ("softmax",)
     zeroes_empty_rows: ClassVar[bool] = False
 
-    def unknown_facts(self, problem: Problem) -> tuple[str, ...]:
-        """Why the spec says something that this kernel has never heard of; empty when it does not."""
+    def reasons_against(self, problem: Problem, target: Target) -> tuple[str, ...]:
+        """Why this kernel is no candidate: what the spec says that it has never heard of, else what it refuses."""
+        # a kernel that knows less than the spec says may not be asked what it makes of it
+        return self._unknown_facts(problem) or self.refuses(problem, target)
+
+    def _unknown_facts(self, problem: Problem) -> tuple[str, ...]:
         spec, reasons = problem.spec, []
         if spec.normaliser not in self.normalisers:
             reasons.append("computes a softmax, and here the scores themselves are the weights")

@@ -125,7 +125,6 @@ def _candidate(each: Kernel, problem: Problem, target: Target, *, portable: bool
         return Candidate(each.name, reasons=(f"runs on {', '.join(each.devices)}, not on {target.kind}",))
     if portable and not each.portable:
         return Candidate(each.name, reasons=("is not made of ATen operations alone",))
-    # a kernel that knows less than the spec says may not be asked what it makes of it
-    if reasons := each.unknown_facts(problem) or each.refuses(problem, target):
+    if reasons := each.reasons_against(problem, target):
         return Candidate(each.name, reasons=reasons)
     return Candidate(each.name, each.cost(problem, target))

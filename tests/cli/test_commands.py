@@ -230,10 +230,9 @@ def test_usage(command: Command, archive: Path) -> None:
     assert_refused(command("kernels", "--for", "exp(", "--target", "cpu"), 3, "not an expression")
 
 
-def test_no_kernel(command: Command, archive: Path) -> None:
-    ended = command("kernels", "--for", "s", "--target", "xpu:pvc")
+def test_no_kernel(command: Command) -> None:
+    ended = command("kernels", "--for", "s ** 0.5", "--target", "xpu:pvc")
     assert ended.code == 4
-    assert command("kernels", "--for", archive, "--target", "xpu:pvc").code == 4
     assert "no kernel can compute this attention on xpu:pvc" in ended.err
 
 

@@ -89,6 +89,10 @@ SPECS = {
 }  # fmt: skip
 
 
+#: What is computed by kernels that know neither weights without a softmax nor rows that are zero where they are empty.
+COMMON = {name: spec for name, spec in SPECS.items() if spec.normaliser == "softmax" and spec.empty_rows == "nan"}
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The sizes of one call; ``batch`` may have no, one or two dimensions."""

@@ -26,8 +26,7 @@ def run(given: Case, kernel: str, *, with_lse: bool = False) -> tuple[torch.Tens
 
 
 def able(given: Case, kernel: str) -> bool:
-    problem, asked = given.problem(), lookup(kernel)
-    return not (asked.unknown_facts(problem) or asked.refuses(problem, CPU))
+    return not lookup(kernel).reasons_against(given.problem(), CPU)
 
 
 @lru_cache

@@ -14,7 +14,7 @@ from attnfuse.kernels.schedule import Algorithm, Order, Pipelining, Schedule
 from attnfuse.kernels.simulate import Simulation, simulate
 from attnfuse.reference import attention as reference
 from attnfuse.score import P
-from tests.kernels.cases import SIZES, SPECS, assert_as_exact, case, exact, written_out
+from tests.kernels.cases import COMMON, SIZES, SPECS, assert_as_exact, case, exact, written_out
 
 SCHEDULES = [
     Schedule(algorithm=algorithm, order=order, pipelining=pipelining, rows=16, keys=16, splits=3)
@@ -22,15 +22,7 @@ SCHEDULES = [
 ]
 
 
-#: What the kernels that have schedules compute.
-COMPUTED = [
-    name
-    for name, spec in SPECS.items()
-    if spec.weight == P and spec.normaliser == "softmax" and spec.empty_rows == "nan"
-]
-
-
-@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.parametrize("name", [name for name, spec in COMMON.items() if spec.weight == P])
 def test_every_schedule_computes_every_spec(name: str) -> None:
     given = case(SPECS[name], replace(SIZES["grouped heads"], batch=(1,), keys=50), torch.float32)
     true = exact(given)

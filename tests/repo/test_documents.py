@@ -12,6 +12,7 @@ import typer.main
 from attnfuse.commands import app
 from attnfuse.exits import EXITS
 from attnfuse.fuse import STAGES
+from attnfuse.kernels import kernels
 from attnfuse.options import Options
 from tests.repo.sources import ROOT
 
@@ -48,9 +49,19 @@ def test_exit_codes() -> None:
 
 
 def test_options() -> None:
-    described = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
+    described = _first_column("option")
     # portable is what --custom-op turns off
     assert described == {name for name in Options.__dataclass_fields__ if name != "portable"}
+
+
+def test_kernels() -> None:
+    assert _first_column("kernel") == set(kernels())
+
+
+def _first_column(heading: str) -> set[str]:
+    """The names in the first column of the README's table with that heading."""
+    table = README.partition(f"\n| {heading} |")[2].partition("\n\n")[0]
+    return set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE))
 
 
 def test_every_stage_is_explained() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnfuse.kernels.gluon.tuned import BLOCKS
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Problem
-from attnfuse.kernels.registry import kernel, kernels, lookup
+from attnfuse.kernels.registry import kernel, lookup
 from attnfuse.kernels.rows import band_of
 from attnfuse.kernels.triton import logit_of, untranslatable
 from attnfuse.reference import attention
@@ -183,8 +183,6 @@ def _operands(problem: Problem) -> tuple[str, ...]:
 def _training(problem: Problem, target: Target) -> tuple[str, ...]:
     if not problem.training:
         return ()
-    if BACKWARD not in kernels():
-        return (f"it has no backward of its own, and there is no kernel {BACKWARD!r} whose backward it could use",)
     return tuple(f"its backward is that of {BACKWARD}: {each}" for each in lookup(BACKWARD).refuses(problem, target))
 
 

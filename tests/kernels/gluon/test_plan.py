@@ -55,7 +55,7 @@ def run(given: Case) -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_every_parameter_is_given(name: str, launched: list[tuple[Source, dict[str, Any]]]) -> None:
     given = case(SPECS[name], SIZES["grouped heads"], torch.bfloat16)
-    if lookup("gluon").refuses(given.problem(), Target.parse("cuda:sm90")):
+    if lookup("gluon").reasons_against(given.problem(), Target.parse("cuda:sm90")):
         pytest.skip("refused")
     run(given)
     ((source, call),) = launched

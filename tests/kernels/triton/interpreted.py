@@ -18,7 +18,7 @@ from attnfuse.kernels.triton.gradients import Gradients
 from attnfuse.kernels.triton.launch import attend
 from attnfuse.reference import attention as reference
 from attnfuse.score import P
-from tests.kernels.cases import SPECS, Case, Sizes, assert_as_exact, case, exact, written_out
+from tests.kernels.cases import COMMON, SPECS, Case, Sizes, assert_as_exact, case, exact, written_out
 
 TILE = Schedule(rows=16, keys=16)
 SMALL = Sizes((2,), 2, 1, 19, 37, 8, 8)
@@ -27,7 +27,7 @@ _ALIKE = (
     "plain", "negative scale", "causal, bottom right", "causal, mild fill", "fill of one", "window, finite fill",
     "padding", "bias of everything", "softcap", "sink, finite fill",
 )  # fmt: skip
-FORWARD = {name: spec for name, spec in SPECS.items() if spec.weight == P and name not in _ALIKE}
+FORWARD = {name: spec for name, spec in COMMON.items() if spec.weight == P and name not in _ALIKE}
 #: Each of these has a path of its own through the backward.
 BACKWARD = (
     "causal", "causal, rows without keys", "causal, rows of equal weights", "window", "padding", "two biases", "alibi",

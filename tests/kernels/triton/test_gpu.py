@@ -36,7 +36,7 @@ def on_gpu(given: Case) -> Case:
 
 def check(given: Case, kernel: str) -> None:
     given = on_gpu(given)
-    if lookup(kernel).refuses(given.problem(), Target.of(given.query.device)):
+    if lookup(kernel).reasons_against(given.problem(), Target.of(given.query.device)):
         return
     out, lse = attention(given.query, given.key, given.value, given.captures, [], given.spec.to_text(), kernel, True)
     true, true_lse = reference(given.spec, *given.operands[:3], given.captures)
@@ -86,7 +86,7 @@ def test_gradients_of_every_size(sizes: str) -> None:
 
 def check_gradients(given: Case, kernel: str) -> None:
     given = on_gpu(given)
-    if lookup(kernel).refuses(given.leaves().problem(), Target.of(given.query.device)):
+    if lookup(kernel).reasons_against(given.leaves().problem(), Target.of(given.query.device)):
         return
     out = (*given.query.shape[:-1], given.value.shape[-1])
     grad_out = torch.randn(out, generator=torch.Generator().manual_seed(1)).to("cuda", given.value.dtype)
