@@ -142,13 +142,14 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "calls: an_empty_row_is_zero_behind_a_mask_of_minus_infinity, a_single_key, bfloat16_scores_stay_exact",
         "calls: an_empty_row_behind_a_finite_fill_weighs_every_key, masks_are_recovered_as_predicates",
         "calls: grouped_heads_share_runs_of_query_heads, an_operand_is_changed_after_the_call",
-        "calls: a_call_is_replaced_by_what_is_faster",
+        "calls: a_call_is_replaced_by_what_is_faster, the_call_that_gives_the_sums_besides",
     ),
     "what flex_attention says, and block masks that say another thing than their mask": (
         "flex: a_program_on_scores_is_read, a_captured_bias_and_a_block_mask_of_the_graph_are_read",
         "flex: rows_that_keep_no_key_are_zero, a_block_mask_that_is_an_argument_is_not_believed",
         "flex: a_block_mask_of_another_mask_is_seen, a_mask_that_is_other_for_each_head_than_its_blocks_is_seen",
         "flex: the_logarithm_of_sums_is_still_wanted, a_compiled_call_is_left_to_flex",
+        "flex: one_tensor_may_be_query_key_and_value",
     ),
     "a mask in a buffer is a predicate only where no value of it can change": (
         "constants: what_cannot_change_is_a_predicate, one_wrong_value_is_no_predicate",
@@ -168,6 +169,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "unnormalised: products_without_anything_between_are_left_to_associativity",
         "unnormalised: parameters_are_no_keys_and_values",
     ),
+    "a form that only a file holds": ("portable: a_file_holds_it",),
     # --- what models write ---
     "forms of real models": (
         "models: a_mask_made_of_lengths, a_bias_gated_by_a_sum, a_bias_that_is_a_piece_of_a_product",
