@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import time
+from timeit import timeit
 
 import pytest
 from hypothesis import given
 
-from attnfuse.passes.place import IMPOSSIBLE, Price, Problem, Value, solve
+from attnfuse.passes.place import IMPOSSIBLE, Labels, Price, Problem, Value, solve
 from tests.place.problems import best_by_trial, problems
 
 
@@ -49,10 +50,13 @@ def test_tied_values_share_a_layout() -> None:
 
 @pytest.mark.parametrize("branching", [0.0, 0.2])
 def test_thousands_of_values_take_well_under_a_second(branching: float) -> None:
-    problem = _long(4000, branching)
-    started = time.process_time()
-    found = solve(problem)
-    assert time.process_time() - started < 1.0
+    problem, found = _long(4000, branching), list[Labels]()
+    # the garbage of other tests is not collected meanwhile, and other processes do not count
+    assert timeit(lambda: found.append(solve(problem)), number=1, timer=time.process_time) < 1.0
+    _assert_best(problem, found[0])
+
+
+def _assert_best(problem: Problem, found: Labels) -> None:
     assert problem.cost(found) <= problem.cost(problem.today)
     # one value changed alone would be found if it paid
     for i in random.Random(0).sample(range(4000), 50):
