@@ -20,8 +20,8 @@ from attnfuse.kernels.cpu.calibrate import speed
 from attnfuse.kernels.cpu.chain import steps_of
 from attnfuse.kernels.cpu.split import split
 from attnfuse.kernels.problem import Problem
-from attnfuse.kernels.rows import Band, band_of
-from attnfuse.score import Apply, Index, P, walk
+from attnfuse.kernels.rows import band_of
+from attnfuse.score import Apply, Index, walk
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["blocked", "direct", "flex", "sdpa", "unfused"]
@@ -112,14 +112,14 @@ def blocked(problem: Problem) -> float:
     band = band_of(problem.spec, problem.symbols)
     each = _contraction(problem, rates.product) + _program(problem, rates)
     if problem.spec.normaliser == "softmax":
-        each += rates.softmax_plain if _plain(problem) else rates.softmax
+        each += rates.softmax_plain if problem.plain else rates.softmax
     each += 0.0 if band.open else rates.band
-    scores = problem.scores * _reached(band, problem, ROWS_IN_BLOCK)
+    scores = problem.scores * band.share(problem.rows, problem.keys, ROWS_IN_BLOCK)
     calls = BLOCK * math.ceil(scores / (SCORES_IN_BLOCK * threads)) + CALL
     forward = scores * each / threads + calls + _kv_bytes(problem) * BYTE / threads
     if not problem.training:
         return forward * 1e-9
-    again = TANH_AGAIN * _count(problem, "tanh") + rates.bias_gradient * any(x.requires_grad for x in problem.captures)
+    again = TANH_AGAIN * problem.count("tanh") + rates.bias_gradient * any(x.requires_grad for x in problem.captures)
     return (rates.training_blocked * forward + scores * again / threads) * 1e-9
 
 
@@ -147,7 +147,7 @@ def flex(problem: Problem) -> float:
     steps = [part.op for part in walk(parts.score) if isinstance(part, Apply)]
     each = slower * _contraction(problem, rates.flash) + FLEX_STEP * len(steps)
     each += FLEX_TRANSCENDENTAL * sum(op in _TRANSCENDENTAL for op in steps)
-    scores = problem.scores * _reached(parts.band, problem, BLOCK_OF_FLEX)
+    scores = problem.scores * parts.band.share(problem.rows, problem.keys, BLOCK_OF_FLEX)
     # written twice and read once more
     moved = 3 * problem.heads * problem.rows * problem.value.shape[-1] * problem.value.dtype.itemsize * BYTE
     return FLEX_MARGIN * ((scores * each + moved) / threads + FLEX_CALL) * 1e-9
@@ -157,11 +157,11 @@ def _flash(problem: Problem) -> float:
     """ATen's CPU flash attention skips masked keys only behind a causal mask, and packs half types first."""
     rates, threads = _rates(problem), torch.get_num_threads()
     band = band_of(problem.spec, problem.symbols)
-    masked = not band.open or bool(_capture_bytes(problem))
-    each = _contraction(problem, rates.flash) + _capture_bytes(problem) / max(problem.scores, 1) * BYTE * 2
+    masked = not band.open or bool(problem.captured_bytes)
+    each = _contraction(problem, rates.flash) + problem.captured_bytes / max(problem.scores, 1) * BYTE * 2
     each += 2.0 if masked and problem.query.dtype != torch.float32 and band.open else 0.0
     packed = rates.pack * problem.heads * math.ceil(problem.rows / 256) * problem.keys * _width(problem)
-    scores = problem.scores * _reached(band, problem, 512)
+    scores = problem.scores * band.share(problem.rows, problem.keys, 512)
     steps = rates.training_flash if problem.training else 1.0
     return steps * ((scores * each + packed + _kv_bytes(problem) * BYTE) / threads + FLASH_CALL) * 1e-9
 
@@ -179,7 +179,7 @@ def unfused(problem: Problem) -> float:
         return FLEX * blocked(problem)
     if not problem.compiled:
         return direct(problem)
-    if not _plain(problem):
+    if not problem.plain:
         return _written_out(problem, rates.product_unfused or rates.product)
     repeats = problem.query.shape[-3] // max(problem.key.shape[-3], 1)
     # read, written and read again
@@ -204,19 +204,13 @@ def _called(problem: Problem) -> float:
 def _written_out(problem: Problem, product: float) -> float:
     rates, threads = _rates(problem), torch.get_num_threads()
     each = _contraction(problem, product) + rates.softmax_unfused
-    each += TANH_UNFUSED * _count(problem, "tanh") + (SINK_UNFUSED if problem.spec.sink is not None else 0.0)
+    each += TANH_UNFUSED * problem.count("tanh") + (SINK_UNFUSED if problem.spec.sink is not None else 0.0)
     each += MASK_UNFUSED if masked_by(problem.spec) is not None else 0.0
     each += DROPOUT_UNFUSED if problem.spec.dropout else 0.0
     each += rates.spilled if problem.scores * 4 > CACHE else 0.0
     steps = rates.training_unfused if problem.training else 1.0
-    moved = (_kv_bytes(problem) + _capture_bytes(problem)) * BYTE
+    moved = (_kv_bytes(problem) + problem.captured_bytes) * BYTE
     return steps * ((problem.scores * each + moved) / threads + UNFUSED_CALL) * 1e-9
-
-
-def _plain(problem: Problem) -> bool:
-    form, spec = form_of(problem.spec.score), problem.spec
-    bare = form is not None and form.softcap is None and not form.bias and not form.keep
-    return bare and spec.normaliser == "softmax" and spec.sink is None and spec.weight == P and not spec.dropout
 
 
 def _rates(problem: Problem) -> Rates:
@@ -254,33 +248,8 @@ def _program(problem: Problem, rates: Rates) -> float:
         cost += STEP * (len(form.bias) + 2 * (form.softcap is not None) + 2 * bool(masked))
     cost += TRANSCENDENTAL * sum(op in _TRANSCENDENTAL - {"tanh"} for op in steps)
     cost += COPYING_STEP * sum(isinstance(part, Apply) for part in walk(spec.weight))
-    return cost + _capture_bytes(problem) / max(problem.scores, 1) * BYTE * 2
-
-
-def _count(problem: Problem, op: str) -> int:
-    return sum(isinstance(part, Apply) and part.op == op for part in walk(problem.spec.score))
-
-
-def _reached(band: Band, problem: Problem, rows: int) -> float:
-    """The share of scores in blocks of so many rows that the mask's band does not skip."""
-    if band.open or not problem.scores:
-        return 1.0
-    reached = 0
-    for first in range(0, problem.rows, rows):
-        last = min(first + rows, problem.rows)
-        start, stop = band.reach(first, last, problem.keys)
-        reached += (stop - start) * (last - first)
-    return reached / (problem.rows * problem.keys)
+    return cost + problem.captured_bytes / max(problem.scores, 1) * BYTE * 2
 
 
 def _kv_bytes(problem: Problem) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in (problem.key, problem.value))
-
-
-def _capture_bytes(problem: Problem) -> int:
-    """Bytes of the captures that vary along rows and keys: those that are read score by score."""
-    return sum(
-        math.prod(x.shape) * x.dtype.itemsize
-        for x, captured in zip(problem.captures, problem.spec.captures, strict=False)
-        if {"m", "n"} <= set(captured.axes)
-    )

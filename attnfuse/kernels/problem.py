@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 
 from attnfuse.axes import Minor
+from attnfuse.form import form_of
+from attnfuse.score import Apply, P, walk
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["Numerics", "Operand", "Problem", "Source"]
@@ -90,6 +92,26 @@ class Problem:
     def scores(self) -> int:
         """How many scores there are."""
         return self.heads * self.rows * self.keys
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a softmax of scaled scores and nothing else, which Inductor turns into SDPA by itself."""
+        form, spec = form_of(self.spec.score), self.spec
+        bare = form is not None and form.softcap is None and not form.bias and not form.keep
+        return bare and spec.normaliser == "softmax" and spec.sink is None and spec.weight == P and not spec.dropout
+
+    @property
+    def captured_bytes(self) -> int:
+        """Bytes of the captures that vary along rows and keys: those that are read score by score."""
+        return sum(
+            math.prod(x.shape) * x.dtype.itemsize
+            for x, captured in zip(self.captures, self.spec.captures, strict=False)
+            if {"m", "n"} <= set(captured.axes)
+        )
+
+    def count(self, op: str) -> int:
+        """How often the score program does an operation."""
+        return sum(isinstance(part, Apply) and part.op == op for part in walk(self.spec.score))
 
     @property
     def flops(self) -> int:

@@ -56,6 +56,14 @@ class Band:
         stop = keys if self.right is None else min(max(first + self.right + 1, 0), keys)
         return start, max(start, stop)
 
+    def share(self, rows: int, keys: int, tile: int) -> float:
+        """The share of scores in tiles of so many rows that the band does not skip."""
+        if self.open or not rows * keys:
+            return 1.0
+        spans = ((first, min(first + tile, rows)) for first in range(0, rows, tile))
+        reached = ((last - first, self.reach(first, last, keys)) for first, last in spans)
+        return sum((stop - start) * height for height, (start, stop) in reached) / (rows * keys)
+
 
 @lru_cache(maxsize=1024)
 def band_of(spec: AttentionSpec, symbols: tuple[int, ...] = ()) -> Band:

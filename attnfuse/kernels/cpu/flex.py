@@ -22,6 +22,7 @@ from torch._higher_order_ops.flex_attention import flex_attention  # torch.ops.h
 from attnfuse.kernels import cost
 from attnfuse.kernels.cpu.blockmask import block_mask
 from attnfuse.kernels.cpu.element import Modification
+from attnfuse.kernels.cpu.sdpa import four_d
 from attnfuse.kernels.cpu.split import never_empty, split
 from attnfuse.kernels.cpu.stored import stored
 from attnfuse.kernels.kernel import Kernel
@@ -79,7 +80,7 @@ class Flex(Kernel):
         parts, batch = split(spec, rows, keys), tuple(query.shape[:-3])
         poisoned = parts.trusted if spec.empty_rows == "nan" else frozenset()
         score, mask = (Modification(spec, program, batch, captures) for program in (parts.score, parts.keep))
-        query, key, value = (_four_d(operand, batch) for operand in (query, key, value))
+        query, key, value = (four_d(operand, batch) for operand in (query, key, value))
         out, *_ = flex_attention(
             query,
             key,
@@ -94,13 +95,6 @@ class Flex(Kernel):
         out = stored(out.transpose(1, 2)).transpose(1, 2)
         result: Tensor = out.view(*batch, *out.shape[-3:]) if len(batch) != 1 else out
         return result
-
-
-def _four_d(tensor: Tensor, batch: Sequence[int]) -> Tensor:
-    """``[*B, H, M, D]`` with exactly one batch dimension."""
-    if tensor.shape[:-3] != tuple(batch):
-        tensor = tensor.expand(*batch, *tensor.shape[-3:])
-    return tensor if len(batch) == 1 else tensor.reshape(-1, *tensor.shape[-3:])
 
 
 # --- what it refuses --------------------------------------------------------------------------------

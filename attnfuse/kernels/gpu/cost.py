@@ -13,13 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from attnfuse.form import form_of
 from attnfuse.kernels.problem import Problem
-from attnfuse.kernels.rows import Band, masking_band
-from attnfuse.score import Apply, P, walk
+from attnfuse.kernels.rows import masking_band
 from attnfuse.target import Target
 
-__all__ = ["Device", "cudnn", "device_of", "reached", "triton", "unfused"]
+__all__ = ["Device", "cudnn", "device_of", "triton", "unfused"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,8 @@ _PRODUCTS = 0.65
 _LAUNCH, _OP, _UNFUSED_LAUNCHES = 5e-6, 10e-6, 15e-6
 #: How often Inductor moves the scores: written, read for the maximum and the sum, written as weights, read.
 _PASSES, _PASSES_TRAINING, _PASSES_EAGER = 5.0, 8.0, 20.0
+#: Rows of a tile.
+ROWS_OF_TILE = 128
 #: Seconds of a tanh, as operations of the matrix units.
 _TANH = 60.0
 
@@ -64,19 +64,11 @@ def device_of(target: Target) -> Device:
     return _DEVICES.get(str(target)) or _DEVICES[_BY_KIND[target.kind]]
 
 
-def reached(band: Band, rows: int, keys: int, tile: int = 128) -> float:
-    """The share of scores in tiles of rows that the mask's band does not skip."""
-    if band.open or not rows * keys:
-        return 1.0
-    spans = ((first, band.reach(first, min(first + tile, rows), keys)) for first in range(0, rows, tile))
-    return sum((stop - start) * (min(first + tile, rows) - first) for first, (start, stop) in spans) / (rows * keys)
-
-
 def triton(problem: Problem, target: Target) -> float:
     """Seconds of :mod:`attnfuse.kernels.triton`."""
     share = _share(_TRITON, problem)
-    share *= 1.0 if not _captured_bytes(problem) else 0.7
-    work = problem.flops + _TANH * problem.scores * _count(problem, "tanh")
+    share *= 1.0 if not problem.captured_bytes else 0.7
+    work = problem.flops + _TANH * problem.scores * problem.count("tanh")
     return _fused(problem, target, work, share, _TRITON_BACKWARD)
 
 
@@ -89,9 +81,9 @@ def _fused(problem: Problem, target: Target, work: float, share: float, backward
     device = device_of(target)
     band = masking_band(problem.spec, problem.symbols)
     # too few tiles of rows do not fill the processors
-    programs = problem.heads * math.ceil(problem.rows / 128)
+    programs = problem.heads * math.ceil(problem.rows / ROWS_OF_TILE)
     filled = min(1.0, programs / device.processors)
-    seconds = work * reached(band, problem.rows, problem.keys) / (_peak(problem, device) * share * filled)
+    seconds = work * band.share(problem.rows, problem.keys, ROWS_OF_TILE) / (_peak(problem, device) * share * filled)
     forward = max(seconds, _bytes(problem) / device.bandwidth)
     step = 1.0 + 2.5 / backward if problem.training else 1.0
     step += _CAPTURED_BACKWARD if _captured_gradient(problem) else 0.0
@@ -103,7 +95,7 @@ def unfused(problem: Problem, target: Target) -> float:
 
     A softmax of scaled scores without a mask Inductor turns into SDPA by itself.
     """
-    if problem.compiled and _plain(problem):
+    if problem.compiled and problem.plain:
         return cudnn(problem, target) + _UNFUSED_LAUNCHES - _OP
     device = device_of(target)
     products = problem.flops / (_peak(problem, device) * _PRODUCTS)
@@ -123,32 +115,13 @@ def _peak(problem: Problem, device: Device) -> float:
     return device.half if problem.query.dtype in (torch.float16, torch.bfloat16) else device.tf32
 
 
-def _plain(problem: Problem) -> bool:
-    form, spec = form_of(problem.spec.score), problem.spec
-    bare = form is not None and form.softcap is None and not form.bias and not form.keep
-    return bare and spec.sink is None and spec.weight == P and not spec.dropout
-
-
-def _count(problem: Problem, op: str) -> int:
-    return sum(isinstance(part, Apply) and part.op == op for part in walk(problem.spec.score))
-
-
 def _bytes(problem: Problem) -> int:
     operands = (problem.query, problem.key, problem.value)
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in operands) + _captured_bytes(problem)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in operands) + problem.captured_bytes
 
 
 def _captured_gradient(problem: Problem) -> bool:
     return any(
         x.requires_grad and {"m", "n"} <= set(captured.axes)
         for x, captured in zip(problem.captures, problem.spec.captures, strict=False)
-    )
-
-
-def _captured_bytes(problem: Problem) -> int:
-    """Bytes of the captures that are read score by score, once for each of the heads that share them."""
-    return sum(
-        math.prod(x.shape) * x.dtype.itemsize
-        for x, captured in zip(problem.captures, problem.spec.captures, strict=False)
-        if {"m", "n"} <= set(captured.axes)
     )
