@@ -24,6 +24,7 @@ import ast
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from attnfuse.errors import BadProgram
 
@@ -98,6 +99,18 @@ class Apply:
 
     op: str
     args: tuple[Expr, ...]
+
+    # programs are deep, and keys of caches that every call of a kernel asks
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.op, self.args))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Apply], tuple[str, tuple[Expr, ...]]]:
+        # another process hashes strings otherwise
+        return Apply, (self.op, self.args)
 
 
 Expr = Score | Prob | Index | Symbol | Capture | Const | Apply

@@ -16,6 +16,7 @@ from attnfuse.spec import AttentionSpec, Captured
 
 FULL = ("b0", "h", "m", "n")
 MIN = torch.finfo(torch.float32).min
+HALF_MIN = torch.finfo(torch.bfloat16).min
 
 
 def spec(
@@ -47,6 +48,10 @@ SPECS = {
     "window": spec("where((n <= m) & (n >= m - 5), 0.3 * s, -inf)"),
     "window beside the keys": spec("where((n <= m + 90) & (n >= m + 80), 0.3 * s, -inf)"),
     "window, finite fill": spec(f"where((n <= m + 2) & (n >= m - 5), 0.3 * s, {MIN})"),
+    "window, added fill": spec(f"0.3 * s + where((n <= m + 2) & (n >= m - 5), 0.0, {HALF_MIN})"),
+    "causal, added mild fill": spec("0.3 * s + where(n <= m, 0.0, -2.0)"),
+    "causal, some scores three": spec("where(n <= m, where(t0, 0.3 * s, 3.0), -inf)", "bool[n]"),
+    "causal, some keys preferred": spec("where(n <= m, 0.3 * s + where(n < 7, 0.0, -2.0), -inf)"),
     "padding": spec("where(t0, 0.3 * s, -inf)", "bool[b0,n]"),
     "padding and causal, finite fill": spec(f"where((n <= m) & t0, 0.3 * s, {MIN})", "bool[b0,n]"),
     "documents": spec("where(t0 == t1, 0.3 * s, -inf)", "int64[b0,m]", "int64[b0,n]"),
@@ -59,6 +64,7 @@ SPECS = {
     "softcap, causal": spec(f"where(n <= m, 5.0 * tanh(0.3 * s / 5.0), {MIN})"),
     "sink": spec("where(n <= m - 3, 0.3 * s, -inf)", "float32[h]", sink="t0"),
     "sink, finite fill": spec(f"where(n <= m - 3, 0.3 * s, {MIN})", "float32[h]", sink="t0"),
+    "sink of a half type": spec(f"0.3 * s + where(n <= m, 0.0, {HALF_MIN})", "bfloat16[h]", sink="t0"),
     "sink of each row": spec("0.3 * s", "float32[b0,h,m]", sink="2.0 * t0"),
     "reads the score twice": spec("where(s > 0, s, 0.1 * s) + 0.01 * m", "float32[h]"),
     "weights squared": spec("0.3 * s", "float32[h]", weight="p * p * t0"),

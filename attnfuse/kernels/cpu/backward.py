@@ -60,7 +60,7 @@ class Gradients:
 
     def _block(self, block: Block, chain: Chain) -> None:
         call = self.call
-        block, logit = logits(call, block, chain)
+        block, logit = logits(call, block, chain, call.dtype)
         keys, scope = block.shape[-1], call.scope(block)
         weight = weights_(call, logit)
         grad = self._weight_gradient(block, scope, weight)
@@ -84,7 +84,7 @@ class Gradients:
         if not read:
             return None
         # scores come times alpha, which the program's derivative applies itself
-        return scores(self.call, block)[..., : block.shape[-1]] / self.call.alpha
+        return scores(self.call, block, self.call.dtype)[..., : block.shape[-1]] / self.call.alpha
 
     def _weight_gradient(self, block: Block, scope: Scope, weight: Tensor) -> Tensor:
         """The gradient of the weights, the sink's columns included; sums value's gradient."""
@@ -112,7 +112,7 @@ class Gradients:
     def _room(self, block: Block) -> tuple[Tensor, Tensor]:
         """Memory for the gradient of the weights, and its part without the sink's columns, which are zero."""
         *rows, keys = block.shape
-        room = WORKSPACE.take("gradient", (*rows, self.call.columns(keys)), self.call.dtype)
+        room = WORKSPACE.take("gradient", (*rows, self.call.columns(keys, self.call.dtype)), self.call.dtype)
         room[..., keys:].zero_()
         return room, room[..., :keys]
 

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from attnfuse.dropout import kept
 from attnfuse.kernels.cpu.blocks import Block, Layout, Span, blocks
-from attnfuse.kernels.cpu.chain import Chain
+from attnfuse.kernels.cpu.chain import Chain, Step, fill_of, mask_of, steps_of
 from attnfuse.kernels.rows import MARGIN, Band, masking_band, masking_fill, rows_kept, skips_surely
 from attnfuse.reference import Scope, compute_dtype, seed_of
-from attnfuse.score import Apply, Const, Expr, P, S, Score, rewrite, walk
+from attnfuse.score import Apply, Capture, Const, Expr, P, S, Score, rewrite, walk
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["Call"]
 
-#: Float32 numbers of a vector register: rows of any other length take a tenth longer.
-VECTOR = 16
+#: Bytes of a vector register: rows of any other length take a tenth longer, those of half types half as long again.
+VECTOR = 64
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,36 @@ class Call:
         return self.query.dtype == torch.bfloat16 and not self.spec.exact_scores
 
     @cached_property
-    def plain(self) -> bool:
-        """Whether weights are the softmax of products of a half type, which torch takes as they are."""
-        unchanged = self.program == S and self.spec.weight == P and self.spec.normaliser == "softmax"
-        unchanged = unchanged and self.spec.empty_rows == "nan"
-        return self.half and unchanged and self.spec.sink is None and not self.spec.dropout
+    def selects(self) -> bool:
+        """Whether logits are products of a half type, left out or kept: a softmax takes them as they were rounded."""
+        unchanged = self.spec.weight == P and self.spec.normaliser == "softmax" and not self.spec.dropout
+        steps = steps_of(self.program)
+        return self.half and unchanged and steps is not None and all(map(self._selects, steps)) and self._sink_is_half
 
-    def columns(self, keys: int) -> int:
+    def _selects(self, step: Step) -> bool:
+        """Whether a step changes no score but those that it masks, by a constant that the half type holds."""
+        match step:
+            case Step("where", 1 | 2, (_, Const(fill))):
+                return self._holds(fill)
+        added = fill_of(step)
+        return added is not None and self._holds(added)
+
+    def _holds(self, constant: float) -> bool:
+        return float(torch.tensor(constant, dtype=self.query.dtype)) == constant
+
+    @property
+    def _sink_is_half(self) -> bool:
+        match self.spec.sink:
+            case None:
+                return True
+            case Capture(slot):
+                return self.captures[slot].dtype == self.query.dtype
+        return False
+
+    def columns(self, keys: int, dtype: torch.dtype) -> int:
         """How many columns a block of so many keys has: with a sink one more, and -inf up to a whole vector."""
-        return keys if self.spec.sink is None else -(-(keys + 1) // VECTOR) * VECTOR
+        vector = VECTOR // dtype.itemsize
+        return keys if self.spec.sink is None else -(-(keys + 1) // vector) * vector
 
     @property
     def alpha(self) -> float:
@@ -87,6 +108,12 @@ class Call:
     def fill(self) -> float | None:
         """The logit of a masked key, where that may be left out; None where nothing is masked so."""
         return masking_fill(self.spec)
+
+    @property
+    def mask(self) -> Expr | None:
+        """What :attr:`band` is the band of: the program's last step, where that masks."""
+        steps = steps_of(self.program)
+        return mask_of(steps[-1]) if steps else None
 
     @cached_property
     def rows_kept(self) -> bool:
@@ -122,7 +149,7 @@ class Call:
             if block.rows != rows:
                 rows = block.rows
                 core = block.core if self.band.exact else None
-                chain = Chain(self.spec.captures, core, half=self.half)
+                chain = Chain(self.spec.captures, self.mask, core, half=self.half)
             yield block, chain
 
     def scope(self, block: Block) -> Scope:

@@ -12,7 +12,7 @@ of a slope and a distance that is added takes 0.4 to 3 as two operations, by wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from attnfuse.reference import Scope, applied, evaluate
-from attnfuse.score import Apply, Expr, S, walk
+from attnfuse.score import Apply, Capture, Const, Expr, S, Symbol, walk
 from attnfuse.spec import Captured, axes_of
 
-__all__ = ["Chain", "Step", "select_", "steps_of"]
+__all__ = ["Chain", "Step", "fill_of", "mask_of", "select_", "steps_of"]
 
 Span = tuple[int, int]
 
@@ -56,15 +56,16 @@ def steps_of(program: Expr, variable: Expr = S) -> tuple[Step, ...] | None:
 class Chain:
     """Runs programs on blocks. ``memo`` keeps, while blocks share their rows, what no batch or head changes.
 
-    ``core``, where it is given, are the keys that the program's mask keeps for every row of the block:
-    the mask is a band, and is applied to the other keys only. ``half`` says that scores were products of a
+    ``core``, where it is given, are the keys that ``mask`` keeps for every row of the block: it is a band, and is
+    applied to the other keys only. ``half`` says that scores were products of a
     half type, already rounded to 8 or 11 bits.
     """
 
     captures: tuple[Captured, ...]
+    mask: Expr | None = None
     core: Span | None = None
     half: bool = False
-    memo: dict[tuple[Expr, Span], Tensor] = field(default_factory=dict)
+    memo: dict[tuple[Expr, Span, torch.dtype | None], Tensor] = field(default_factory=dict)
 
     def run(self, program: Expr, scope: Scope, variable: Expr = S) -> Tensor:
         """The program's value on a block, written over the variable's, scores or weights, where it can be."""
@@ -77,11 +78,20 @@ class Chain:
         return value
 
     def _step(self, step: Step, value: Tensor, scope: Scope) -> Tensor:
+        # what replaces scores for another reason does so inside the band too
+        core = self.core if self.mask is not None and mask_of(step) == self.mask else None
         if step.op == "where" and step.place:
-            self._mask(step, value, scope)
+            mask, other = step.others
+            for target, inside in _outside(core, value, scope):
+                keep = self.value(mask, inside)
+                select_(target, keep if step.place == 1 else ~keep, self.value(other, inside))
             return value
         if step.op == "tanh" and self.half:
             return tanh_by_sigmoid_(value)
+        if fill_of(step) is not None:
+            for target, inside in _outside(core, value, scope):
+                target.add_(self.value(step.others[0], inside, value.dtype))
+            return value
         if step.op == "add" and (factors := _factors(step.others[0], self.captures)):
             return value.addcmul_(*(self.value(Apply("float", (factor,)), scope) for factor in factors))
         others = [self.value(other, scope) for other in step.others]
@@ -92,28 +102,65 @@ class Chain:
         others.insert(step.place, value)
         return applied(step.op, others, scope.dtype).expand(value.shape)
 
-    def _mask(self, step: Step, value: Tensor, scope: Scope) -> None:
-        mask, other = step.others
-        for part in self._masked_parts(scope.spans[-1]):
-            inside = replace(scope, spans=(*scope.spans[:-1], part))
-            target = value.narrow(-1, part[0] - scope.spans[-1][0], part[1] - part[0])
-            keep = self.value(mask, inside)
-            select_(target, keep if step.place == 1 else ~keep, self.value(other, inside))
-
-    def _masked_parts(self, keys: Span) -> tuple[Span, ...]:
-        if self.core is None or self.core[0] == self.core[1]:
-            return (keys,)
-        parts = ((keys[0], self.core[0]), (self.core[1], keys[1]))
-        return tuple(part for part in parts if part[0] < part[1])
-
-    def value(self, program: Expr, scope: Scope) -> Tensor:
-        """A program without ``s`` on a block, from the memo where no batch or head changes it."""
+    def value(self, program: Expr, scope: Scope, dtype: torch.dtype | None = None) -> Tensor:
+        """A program without ``s`` on a block, in its own type or ``dtype``; kept where no batch or head changes it."""
         if not _shared(program, self.captures):
             return evaluate(program, scope)
-        key = program, scope.spans[-1]
+        spans = scope.spans[-3:]
+        if _is_positional(program) and _pairs(spans) <= MOST_KEPT:
+            return _positional(program, ((0, 1), *spans[1:]), scope.dtype, dtype)
+        key = program, scope.spans[-1], dtype
         if key not in self.memo:
-            self.memo[key] = evaluate(program, scope)
+            self.memo[key] = evaluate(program, scope).to(dtype)
         return self.memo[key]
+
+
+#: A mask of at most so many pairs that depends on nothing but the indices is kept from call to call: models mask alike
+#: in all layers. 8 MiB in all.
+MOST_KEPT = 1 << 16
+
+
+@lru_cache(maxsize=32)
+def _positional(program: Expr, spans: tuple[Span, ...], floats: torch.dtype, dtype: torch.dtype | None) -> Tensor:
+    # a tensor made in inference mode could not be read by everyone
+    with torch.inference_mode(mode=False):
+        return evaluate(program, Scope(spans, (), (), floats, torch.device("cpu"))).to(dtype)
+
+
+@lru_cache(maxsize=1024)
+def _is_positional(program: Expr) -> bool:
+    return not any(isinstance(part, (Capture, Symbol)) for part in walk(program))
+
+
+def _pairs(spans: tuple[Span, ...]) -> int:
+    (first_row, last_row), (first_key, last_key) = spans[-2:]
+    return (last_row - first_row) * (last_key - first_key)
+
+
+def _outside(core: Span | None, value: Tensor, scope: Scope) -> Iterator[tuple[Tensor, Scope]]:
+    """The parts of a block beside ``core``, the block as a whole where there is none."""
+    keys = scope.spans[-1]
+    parts = (keys,) if core is None or core[0] == core[1] else ((keys[0], core[0]), (core[1], keys[1]))
+    for first, last in parts:
+        if first < last:
+            inside = replace(scope, spans=(*scope.spans[:-1], (first, last)))
+            yield value.narrow(-1, first - keys[0], last - first), inside
+
+
+def fill_of(step: Step) -> float | None:
+    """What a step adds to masked scores, where it adds nothing to the others; None where it does something else."""
+    match step:
+        case Step("add", _, (Apply("where", (_, Const(0.0), Const(fill))),)):
+            return float(fill)
+    return None
+
+
+def mask_of(step: Step) -> Expr | None:
+    """The mask of a step that changes no score but those that it masks; None where it is another step."""
+    match step:
+        case Step("where", 1, (mask, _)) | Step("add", _, (Apply("where", (mask, Const(0.0), _)),)):
+            return mask
+    return None
 
 
 @lru_cache(maxsize=1024)
@@ -136,7 +183,7 @@ def select_(value: Tensor, keep: Tensor, fill: Tensor) -> None:
     if fill.dim():
         value.copy_(torch.where(keep, value, fill.to(value.dtype)))
         return
-    kind = torch.int64 if value.dtype == torch.float64 else torch.int32
+    kind = _BITS[value.dtype.itemsize]
     ones = keep.to(kind).neg_()
     value.view(kind).bitwise_and_(ones).bitwise_or_(~ones & fill.to(value.dtype).view(kind))
 
@@ -147,6 +194,8 @@ def tanh_by_sigmoid_(value: Tensor) -> Tensor:
     return torch.add(value.new_tensor(-1.0), value, alpha=2.0, out=value)
 
 
+#: The integers as wide as a number of so many bytes.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "neg": torch.neg_, "abs": torch.abs_, "exp": torch.exp_, "exp2": torch.exp2_, "log": torch.log_,
     "sqrt": torch.sqrt_, "rsqrt": torch.rsqrt_, "reciprocal": torch.reciprocal_, "tanh": torch.tanh_,

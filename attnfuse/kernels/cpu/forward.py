@@ -53,11 +53,11 @@ def products(call: Call, block: Block, room: Tensor) -> Tensor:
     return torch.baddbmm(target, query, key.transpose(-1, -2), beta=0, alpha=call.alpha, out=target)
 
 
-def scores(call: Call, block: Block) -> Tensor:
+def scores(call: Call, block: Block, dtype: torch.dtype) -> Tensor:
     """The scores of a block times ``call.alpha``, ``[*B, H, M, N]``, with room for a sink behind them."""
     *rows, keys = block.shape
-    room = WORKSPACE.take("scores", (*rows, call.columns(keys)), call.dtype)
-    if call.half:
+    room = WORKSPACE.take("scores", (*rows, call.columns(keys, dtype)), dtype)
+    if call.half and dtype != call.query.dtype:
         product = WORKSPACE.take("product", block.shape, call.query.dtype)
         room[..., :keys].copy_(products(call, block, product).view(block.shape))
     else:
@@ -65,17 +65,17 @@ def scores(call: Call, block: Block) -> Tensor:
     return room
 
 
-def logits(call: Call, block: Block, chain: Chain) -> tuple[Block, Tensor]:
+def logits(call: Call, block: Block, chain: Chain, dtype: torch.dtype) -> tuple[Block, Tensor]:
     """The logits of a block, the sink's behind them; and the block, with all keys if a row needs them."""
-    logit = _logits(call, block, chain)
+    logit = _logits(call, block, chain, dtype)
     if call.certain or block.keys == (0, call.layout.keys) or call.alive(logit):
         return block, logit
     block = block.with_all(call.layout.keys)
-    return block, _logits(call, block, chain)
+    return block, _logits(call, block, chain, dtype)
 
 
-def _logits(call: Call, block: Block, chain: Chain) -> Tensor:
-    room, keys = scores(call, block), block.shape[-1]
+def _logits(call: Call, block: Block, chain: Chain, dtype: torch.dtype) -> Tensor:
+    room, keys = scores(call, block, dtype), block.shape[-1]
     scope = call.scope(block)
     target = room[..., :keys]
     found = chain.run(call.program, replace(scope, score=target))
@@ -124,13 +124,15 @@ class Forward:
                 call.heads_of(block, lse).copy_(sums)
         return out, lse
 
+    @property
+    def _stored(self) -> torch.dtype:
+        """The type of logits and weights in memory; a softmax computes in float32 either way."""
+        narrow = self.call.selects and not self.with_lse
+        return self.call.query.dtype if narrow else self.call.dtype
+
     def _block(self, block: Block, chain: Chain) -> tuple[Tensor, Tensor | None]:
         call = self.call
-        if call.plain and not self.with_lse:
-            product = products(call, block, WORKSPACE.take("product", block.shape, call.query.dtype))
-            used, lse = torch.softmax(product, dim=-1, out=product), None
-        else:
-            block, used, lse = self._weights(block, chain)
+        block, used, lse = self._weights(block, chain)
         value = call.keys_of(block, call.value)
         if used.dtype != value.dtype:
             used = WORKSPACE.take("used", used.shape, value.dtype).copy_(used)
@@ -138,7 +140,7 @@ class Forward:
         return out.view(*block.shape[:-1], -1), lse
 
     def _weights(self, block: Block, chain: Chain) -> tuple[Block, Tensor, Tensor | None]:
-        block, logit = logits(self.call, block, chain)
+        block, logit = logits(self.call, block, chain, self._stored)
         keys = block.shape[-1]
         top = logit.amax(dim=-1) if self.with_lse else None
         weight = weights_(self.call, logit)
