@@ -69,8 +69,10 @@ EXACT = replace(FLOAT, flash=BFLOAT16.flash, pack=0.5)
 DOUBLE = Rates(0.0440, 0.0600, softmax=2.0, softmax_unfused=3.0, tanh=5.0)
 RATES = {torch.float32: FLOAT, torch.bfloat16: BFLOAT16, torch.float16: HALF, torch.float64: DOUBLE}
 
-#: Each score: a step in place, a step out of place, a transcendental, Inductor's tanh, a sink's concatenation.
-STEP, COPYING_STEP, TRANSCENDENTAL, TANH_UNFUSED, SINK_UNFUSED = 0.1, 0.8, 0.8, 1.7, 0.4
+#: Each score: a step in place, a step out of place, a transcendental, Inductor's tanh.
+STEP, COPYING_STEP, TRANSCENDENTAL, TANH_UNFUSED = 0.1, 0.8, 0.8, 1.7
+#: Each score: a sink behind the keys of our blocks, and Inductor's concatenation.
+SINK, SINK_UNFUSED = 0.4, 0.15
 #: Each score: a bias that is computed from indices, such as a slope times a distance.
 INDEXED_BIAS = 1.4
 #: Each score: Inductor's mask, which it computes or reads score by score (0.4 to 3 were measured).
@@ -100,6 +102,9 @@ FLEX_STEP, FLEX_TRANSCENDENTAL = 0.15, 1.0
 FLEX_CALL, FLEX_MARGIN = 300e3, 1.05
 #: Rows of flex_attention's blocks.
 BLOCK_OF_FLEX = 128
+#: What blocks are estimated to save must exceed a tenth while scores stay in the cache: estimates err by as much, and
+#: memory is not at stake there.
+BLOCKED_MARGIN = 1.1
 #: Bytes of a last-level cache.
 CACHE = 32 << 20
 _TRANSCENDENTAL = {"tanh", "exp", "log", "sigmoid", "erf", "pow", "sin", "cos"}
@@ -115,8 +120,10 @@ def blocked(problem: Problem) -> float:
         each += rates.softmax_plain if problem.plain else rates.softmax
     each += 0.0 if band.open else rates.band
     scores = problem.scores * band.share(problem.rows, problem.keys, ROWS_IN_BLOCK)
+    each += SINK if problem.spec.sink is not None else 0.0
     calls = BLOCK * math.ceil(scores / (SCORES_IN_BLOCK * threads)) + CALL
     forward = scores * each / threads + calls + _kv_bytes(problem) * BYTE / threads
+    forward *= 1.0 if _spills(problem) else BLOCKED_MARGIN
     if not problem.training:
         return forward * 1e-9
     again = TANH_AGAIN * problem.count("tanh") + rates.bias_gradient * any(x.requires_grad for x in problem.captures)
@@ -132,9 +139,9 @@ def direct(problem: Problem) -> float:
     )
 
 
-def sdpa(problem: Problem) -> float:
-    """Seconds of :mod:`attnfuse.kernels.cpu.sdpa`, called through our op."""
-    return _flash(problem) + OP * 1e-9
+def sdpa(problem: Problem, *, called: bool) -> float:
+    """Seconds of :mod:`attnfuse.kernels.cpu.sdpa`, ``called`` through our op or standing in the graph."""
+    return _flash(problem) + called * OP * 1e-9
 
 
 def flex(problem: Problem) -> float:
@@ -207,10 +214,15 @@ def _written_out(problem: Problem, product: float) -> float:
     each += TANH_UNFUSED * problem.count("tanh") + (SINK_UNFUSED if problem.spec.sink is not None else 0.0)
     each += MASK_UNFUSED if masked_by(problem.spec) is not None else 0.0
     each += DROPOUT_UNFUSED if problem.spec.dropout else 0.0
-    each += rates.spilled if problem.scores * 4 > CACHE else 0.0
+    each += rates.spilled if _spills(problem) else 0.0
     steps = rates.training_unfused if problem.training else 1.0
     moved = (_kv_bytes(problem) + problem.captured_bytes) * BYTE
     return steps * ((problem.scores * each + moved) / threads + UNFUSED_CALL) * 1e-9
+
+
+def _spills(problem: Problem) -> bool:
+    """Whether float32 scores exceed the last-level cache."""
+    return problem.scores * 4 > CACHE
 
 
 def _rates(problem: Problem) -> Rates:

@@ -33,8 +33,7 @@ class Kernel(ABC):
 
     ``name`` identifies it in reports and in the op's ``kernel`` argument; ``devices`` are the target
     kinds it runs on; ``portable`` says that :meth:`expand` is made of ATen operations alone, so that a
-    graph may hold its trace instead of the op; ``inlined`` that a graph always does, since only a compiler of
-    the graph makes it fast; ``gives_lse`` that :meth:`run_with_lse` and
+    graph may hold its trace instead of the op; ``gives_lse`` that :meth:`run_with_lse` and
     :meth:`backward` know the lse; ``saves_lse`` that the backward is faster when the forward kept it;
     ``normalisers`` and ``zeroes_empty_rows`` which of the spec's facts it knows: a problem with another is
     refused before :meth:`refuses` is asked.
@@ -43,7 +42,6 @@ class Kernel(ABC):
     name: ClassVar[str]
     devices: ClassVar[tuple[str, ...]]
     portable: ClassVar[bool] = False
-    inlined: ClassVar[bool] = False
     gives_lse: ClassVar[bool] = False
     saves_lse: ClassVar[bool] = False
     normalisers: ClassVar[tuple[Normaliser, ...]] = ("softmax",)
@@ -69,6 +67,13 @@ class Kernel(ABC):
     @abstractmethod
     def cost(self, problem: Problem, target: Target) -> float:
         """Estimated seconds, forward (and backward when ``problem.training``)."""
+
+    def inlines(self, problem: Problem) -> bool:
+        """Whether the graph is to hold the trace of :meth:`expand` where it could hold the op.
+
+        It pays where a compiler makes more of the operations than the op would.
+        """
+        return False
 
     @abstractmethod
     def run(

@@ -85,7 +85,7 @@ def relaid(chosen: Plan, minors: Mapping[str, Minor], orders: Mapping[Node, Sequ
     operands = {name: replace(getattr(chosen.problem, name), minor=minor) for name, minor in minors.items()}
     problem = replace(chosen.problem, **operands)
     choice = choose(problem, wishes.target, wishes.kernel, portable=wishes.portable)
-    if choice.kernel == chosen.choice.kernel and not wishes.portable:
+    if choice.kernel == chosen.choice.kernel and not (wishes.portable or lookup(choice.kernel).inlines(problem)):
         # its node is the same in all layouts
         return replace(chosen, choice=choice, problem=problem)
     standing = dict(zip(chosen.inputs, map(facts.value, _placeholders(chosen.replacement)), strict=True))
@@ -109,7 +109,7 @@ def _placeholders(module: GraphModule) -> list[Node]:
 
 def _planned(attention: Attention, start: Draft, problem: Problem, choice: Choice, wishes: Wishes) -> Plan:
     kernel = lookup(choice.kernel)
-    module = finished(attention, start, kernel, wishes.portable, problem.training)
+    module = finished(attention, start, kernel, problem, wishes.portable)
     return Plan(attention, choice, problem, start.inputs, module)
 
 
@@ -126,7 +126,7 @@ def at_sizes(chosen: Plan, sizes: Mapping[Axis, int], wishes: Wishes) -> GraphMo
         return traced.new_empty(shape)
 
     kernel = lookup(chosen.choice.kernel)
-    return finished(attention, draft(attention, value), kernel, wishes.portable, chosen.problem.training)
+    return finished(attention, draft(attention, value), kernel, chosen.problem, wishes.portable)
 
 
 def _refusal(attention: Attention, reason: str, remedy: str = "") -> Refused:

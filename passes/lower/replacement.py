@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from attnfuse.graph import facts
 from attnfuse.graph.build import Builder
 from attnfuse.graph.strides import laid_out_like, matters
-from attnfuse.kernels import Kernel
+from attnfuse.kernels import Kernel, Problem
 from attnfuse.op import attention as attention_op
 from attnfuse.passes.lower.operands import Operands, build_operands, nearest, restore
 from attnfuse.passes.site import Attention
@@ -46,13 +46,16 @@ def draft(attention: Attention, value: Callable[[Node], object] = facts.value) -
     return Draft(graph, inputs, operands)
 
 
-def finished(attention: Attention, start: Draft, kernel: Kernel, portable: bool, training: bool) -> GraphModule:
+def finished(attention: Attention, start: Draft, kernel: Kernel, problem: Problem, portable: bool) -> GraphModule:
     """The draft with the fused node, computed by ``kernel``; its own operations where inlined or ``portable``."""
     builder = Builder(start.graph)
     operands = start.operands
     if attention.spec.dropout:
         operands = _with_seed(builder, operands)
-    out = (_traced if portable or kernel.inlined else _called)(builder, attention.spec, operands, kernel, training)
+    if portable or kernel.inlines(problem):
+        out = _traced(builder, attention.spec, operands, kernel)
+    else:
+        out = _called(builder, attention.spec, operands, kernel, problem.training)
     result = restore(builder, attention, out)
     if matters(attention.site.node):
         result = laid_out_like(builder, result, attention.site.node)
@@ -74,7 +77,7 @@ def _called(builder: Builder, spec: AttentionSpec, operands: Operands, kernel: K
     return builder.item(both, 0)
 
 
-def _traced(builder: Builder, spec: AttentionSpec, operands: Operands, kernel: Kernel, training: bool) -> Node:
+def _traced(builder: Builder, spec: AttentionSpec, operands: Operands, kernel: Kernel) -> Node:
     tensors = (operands.query, operands.key, operands.value, *operands.captures)
     nodes = (*tensors, *(size for size in operands.symbols if isinstance(size, Node)))
     sizes = tuple(None if isinstance(size, Node) else size for size in operands.symbols)

@@ -46,9 +46,8 @@ def measure_layouts(device: str, *, quick: bool) -> Table:
     with torch.inference_mode():
         copy = {str(dtype.itemsize): _bandwidth(_made(device, copied, dtype), _turned) for dtype in _COPIED}
         stream = _bandwidth(_made(device, copied, torch.float32), torch.clone)
-        # what stands in a graph to be compiled runs otherwise on its own
-        called = {name: each for name, each in kernels().items() if not each.inlined}
-        factors = {name: found for name, each in called.items() if (found := _factors(each, target, device, sizes))}
+        timed = {name: _factors(kernel, target, device, sizes) for name, kernel in kernels().items()}
+        factors = {name: found for name, found in timed.items() if found}
     name = torch.cuda.get_device_name() if device == "cuda" else device
     source = f"measured by scripts/bench.py --layouts: {name}, {machine()}, {list(sizes)}"
     return Table(str(target), source, stream, copy, factors)
@@ -74,7 +73,8 @@ def _factors(kernel: Kernel, target: Target, device: str, sizes: tuple[int, ...]
     found: dict[str, dict[str, float]] = {}
     for dtype in _DTYPES:
         operand = Operand(sizes, dtype)
-        problem = Problem(AttentionSpec(), operand, operand, operand, rows_kept=True)
+        # kernels run here on their own, and not in a graph that is compiled
+        problem = Problem(AttentionSpec(), operand, operand, operand, rows_kept=True, compiled=False)
         if target.kind in kernel.devices and not kernel.refuses(problem, target):
             ratios = _ratios(kernel, [_made(device, sizes, dtype) for _ in _OPERANDS], problem.spec)
             noticed = {name: round(ratio, 2) for name, ratio in ratios.items() if abs(ratio - 1) > _NOISE}

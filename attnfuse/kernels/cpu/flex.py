@@ -54,7 +54,6 @@ class Flex(Kernel):
 
     name: ClassVar[str] = "flex"
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
-    inlined: ClassVar[bool] = True
     zeroes_empty_rows: ClassVar[bool] = True
 
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
@@ -65,6 +64,10 @@ class Flex(Kernel):
     def cost(self, problem: Problem, target: Target) -> float:
         """See :mod:`attnfuse.kernels.cost`."""
         return cost.flex(problem)
+
+    def inlines(self, problem: Problem) -> bool:
+        """Always: run eagerly, the operator is dense."""
+        return True
 
     def run(
         self,

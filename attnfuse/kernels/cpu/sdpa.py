@@ -57,7 +57,12 @@ class Sdpa(Kernel):
 
     def cost(self, problem: Problem, target: Target) -> float:
         """See :mod:`attnfuse.kernels.cost`; ATen's fast path takes operands whose columns are contiguous."""
-        return cost.sdpa(problem) * factor(self.name, problem, target)
+        return cost.sdpa(problem, called=not self.inlines(problem)) * factor(self.name, problem, target)
+
+    def inlines(self, problem: Problem) -> bool:
+        """Where ATen's gradient is right: compilers know the call, and lay out what is around it."""
+        known = problem.compiled and not problem.dynamic and not problem.autocast
+        return known and not (problem.training and _mask_of(problem.spec))
 
     def run(
         self,
