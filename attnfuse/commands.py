@@ -20,7 +20,7 @@ from attnfuse.atomic import replacing
 from attnfuse.candidates import Asked, Sizes, problem_of, problems_in
 from attnfuse.errors import BadInput
 from attnfuse.exits import table
-from attnfuse.form import describe
+from attnfuse.features import describe
 from attnfuse.kernels import Candidate, Numerics, choose, kernels, lookup
 from attnfuse.passes.certify import Effort
 from attnfuse.picture import as_dot, as_svg, as_text

@@ -1,4 +1,4 @@
-"""The names people give to parts of a score program: scale, softcap, bias, causal, window, padding...
+"""The shape that most score programs have: a scale, a softcap, biases, a mask and its fill.
 
 The canonical program is ``where(keep, softcap(scale * s) + bias, fill)``, or for a finite fill that the source
 adds, ``softcap(scale * s) + bias + where(keep, 0.0, fill)``; :class:`Form` is that shape as data. The two have the
@@ -12,28 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from attnfuse.score import Apply, Capture, Const, Expr, Index, P, S, Score, apply, text, walk
-from attnfuse.spec import AttentionSpec, Captured, axes_of
+from attnfuse.score import Apply, Const, Expr, P, S, Score, apply, walk
+from attnfuse.spec import AttentionSpec
 
-__all__ = [
-    "ABSORBING",
-    "Alibi",
-    "Bias",
-    "Causal",
-    "Document",
-    "Feature",
-    "Form",
-    "Mask",
-    "Padding",
-    "Predicate",
-    "Scale",
-    "Sink",
-    "Softcap",
-    "Window",
-    "features",
-    "form_of",
-    "masked_by",
-]
+__all__ = ["ABSORBING", "Form", "Mask", "form_of", "masked_by"]
 
 ONE = Const(1.0)
 
@@ -107,10 +89,6 @@ class Mask:
     keep: tuple[Expr, ...]
     fill: float
 
-    def features(self, captures: tuple[Captured, ...]) -> tuple[Feature, ...]:
-        """What the conjuncts are called."""
-        return tuple(_name_mask(conjunct, captures) for conjunct in self.keep)
-
 
 def masked_by(spec: AttentionSpec) -> Mask | None:
     """The mask of a spec, whatever its program does with the keys that are kept; None when it has none.
@@ -145,156 +123,3 @@ def _split_bias(score: Expr) -> tuple[tuple[Expr, ...], Expr]:
             outer, base = _split_bias(inner)
             return (*outer, summand), base
     return (), score
-
-
-# --- names ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A factor on the raw score: a number or a captured tensor."""
-
-    value: Expr
-
-
-@dataclass(frozen=True)
-class Softcap:
-    """``cap * tanh(score / cap)``."""
-
-    cap: float
-
-
-@dataclass(frozen=True)
-class Bias:
-    """A captured summand."""
-
-    value: Expr
-
-
-@dataclass(frozen=True)
-class Alibi:
-    """A bias that is a slope times an index."""
-
-    value: Expr
-
-
-@dataclass(frozen=True)
-class Causal:
-    """Key ``n`` is kept when ``n <= m + offset``; offset 0 is top-left, ``N - M`` bottom-right."""
-
-    offset: Expr
-
-
-@dataclass(frozen=True)
-class Window:
-    """Key ``n`` is kept when ``n >= m + offset``: the left edge of a sliding window."""
-
-    offset: Expr
-
-
-@dataclass(frozen=True)
-class Padding:
-    """A mask that does not vary along the query rows."""
-
-    keep: Expr
-
-
-@dataclass(frozen=True)
-class Document:
-    """Row and key must carry the same id."""
-
-    keep: Expr
-
-
-@dataclass(frozen=True)
-class Predicate:
-    """Any other mask."""
-
-    keep: Expr
-
-
-@dataclass(frozen=True)
-class Sink:
-    """A logit that takes weight and gives no value."""
-
-    value: Expr
-
-
-Feature = Scale | Softcap | Bias | Alibi | Causal | Window | Padding | Document | Predicate | Sink
-
-
-def features(spec: AttentionSpec) -> tuple[Feature, ...] | None:
-    """What the spec's parts are called, in the order they act; None when the program has no form."""
-    form = form_of(spec.score)
-    if form is None:
-        return None
-    found: list[Feature] = []
-    if form.scale != Const(1.0):
-        found.append(Scale(form.scale))
-    if form.softcap is not None:
-        found.append(Softcap(form.softcap))
-    found += [_name_bias(summand) for summand in form.bias]
-    found += [_name_mask(conjunct, spec.captures) for conjunct in form.keep]
-    if spec.sink is not None:
-        found.append(Sink(spec.sink))
-    return tuple(found)
-
-
-def _name_bias(summand: Expr) -> Feature:
-    parts = list(walk(summand))
-    indexed = any(isinstance(part, Index) and part.axis in ("m", "n") for part in parts)
-    chosen = any(isinstance(part, Apply) and part.op == "where" for part in parts)
-    return Alibi(summand) if indexed and not chosen else Bias(summand)
-
-
-def _name_mask(keep: Expr, captures: tuple[Captured, ...]) -> Feature:
-    match keep:
-        case Apply("le", (Index("n"), bound)):
-            if (offset := _row_offset(bound)) is not None:
-                return Causal(offset)
-        case Apply("ge", (Index("n"), bound)):
-            if (offset := _row_offset(bound)) is not None:
-                return Window(offset)
-        case Apply("eq", (Capture(left), Capture(right))):
-            if {captures[left].axes[-1:], captures[right].axes[-1:]} == {("m",), ("n",)}:
-                return Document(keep)
-    return Predicate(keep) if "m" in axes_of(keep, captures) else Padding(keep)
-
-
-def _row_offset(bound: Expr) -> Expr | None:
-    match bound:
-        case Index("m"):
-            return Const(0)
-        case Apply("add", (Index("m"), offset)) if not any(isinstance(part, Index) for part in walk(offset)):
-            return offset
-        case Apply("sub", (Index("m"), Const(offset))):
-            return Const(-offset)
-    return None
-
-
-def describe(spec: AttentionSpec) -> str:
-    """A few words for a report: ``scale 0.125, causal, padding``."""
-    found, mask = features(spec), masked_by(spec)
-    words = ["no softmax"] if spec.normaliser == "none" else []
-    if found is None:
-        words.append("program")
-        found = () if mask is None else mask.features(spec.captures)
-    words += map(_word, found)
-    if spec.empty_rows == "zero":
-        words.append("empty rows zero")
-    if spec.dropout:
-        words.append(f"dropout {spec.dropout:g}")
-    return ", ".join(words) or "plain"
-
-
-def _word(feature: Feature) -> str:
-    match feature:
-        case Scale(Const(value)):
-            return f"scale {value:g}"
-        case Softcap(cap):
-            return f"softcap {cap:g}"
-        case Causal(Const(0)):
-            return "causal"
-        case Causal(offset) | Window(offset):
-            return f"{type(feature).__name__.lower()} {text(offset)}"
-    return type(feature).__name__.lower()

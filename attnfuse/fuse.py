@@ -11,7 +11,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from attnfuse.errors import NotEquivalent, Refused
-from attnfuse.form import describe
+from attnfuse.features import describe
 from attnfuse.graph import facts
 from attnfuse.graph.capture import Captured, capture
 from attnfuse.graph.flex import flex_programs

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from attnfuse.form import ABSORBING, Causal, Window, form_of, masked_by
+from attnfuse.features import Causal, Window, mask_features
+from attnfuse.form import ABSORBING, form_of, masked_by
 from attnfuse.score import Apply, Capture, Const, Expr, Symbol, walk
 from attnfuse.spec import AttentionSpec
 
@@ -71,7 +72,7 @@ def band_of(spec: AttentionSpec, symbols: tuple[int, ...] = ()) -> Band:
     mask = masked_by(spec)
     if mask is None:
         return Band(exact=form_of(spec.score) is not None or spec.normaliser == "none")
-    found = mask.features(spec.captures)
+    found = mask_features(mask, spec.captures)
     edges = [(type(f), _number(f.offset, symbols)) for f in found if isinstance(f, (Causal, Window))]
     left = [offset for edge, offset in edges if edge is Window and offset is not None]
     right = [offset for edge, offset in edges if edge is Causal and offset is not None]

@@ -15,7 +15,7 @@ from attnfuse.kernels.cpu import calibrate
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("ATTNFUSE_CALIBRATE", raising=False)
-    monkeypatch.setenv("ATTNFUSE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("ATTNFUSE_CACHE", str(tmp_path / "cache"))
     calibrate.speed.cache_clear()
     yield tmp_path / "cache"
     calibrate.speed.cache_clear()

@@ -62,7 +62,7 @@ def test_sdpa_is_slower_with_rows_contiguous_and_blocked_is_not() -> None:
 
 def test_what_was_measured_goes_before_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prices_of.cache_clear()
-    monkeypatch.setenv("ATTNFUSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("ATTNFUSE_CACHE", str(tmp_path))
     mine = replace(prices_of(CPU), stream=123.0)
     measured_path(CPU).write_text(json.dumps(asdict(mine)))
     prices_of.cache_clear()

@@ -29,7 +29,7 @@ def test_only_kernels_import_triton() -> None:
 
 
 def test_score_programs_know_nothing_of_torch() -> None:
-    for name in ("attnfuse.score", "attnfuse.spec", "attnfuse.form"):
+    for name in ("attnfuse.score", "attnfuse.spec", "attnfuse.form", "attnfuse.features"):
         assert not [module for module in imports(MODULES[name]) if _in(module, "torch")]
 
 

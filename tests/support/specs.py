@@ -9,7 +9,8 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from attnfuse import form, reference
+from attnfuse import reference
+from attnfuse.features import Causal, Feature, Scale, Softcap, Window, features
 from attnfuse.score import Const, Expr, text
 from attnfuse.spec import AttentionSpec, Captured
 
@@ -57,17 +58,17 @@ def _renamings(got: tuple[Captured, ...], want: tuple[Captured, ...]) -> Iterato
 
 def _names(spec: AttentionSpec) -> list[str] | None:
     """The features in words, in sorted order; None for a program without a form."""
-    found = form.features(spec)
+    found = features(spec)
     return None if found is None else sorted(map(_name, found))
 
 
-def _name(feature: form.Feature) -> str:
+def _name(feature: Feature) -> str:
     match feature:
-        case form.Causal(offset) | form.Window(offset):
+        case Causal(offset) | Window(offset):
             return f"{type(feature).__name__} {text(offset)}"
-        case form.Scale(Const(value)):
+        case Scale(Const(value)):
             return f"Scale {float(value):.5g}"
-        case form.Softcap(cap):
+        case Softcap(cap):
             return f"Softcap {cap:.5g}"
     return type(feature).__name__
 

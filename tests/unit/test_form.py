@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnfuse.form import Form, describe, features, form_of, masked_by
+from attnfuse.features import describe, features
+from attnfuse.form import Form, form_of, masked_by
 from attnfuse.score import Apply, Const, Expr, apply, parse, text
 from attnfuse.spec import AttentionSpec, Captured
 from tests.support.programs import programs

@@ -2,18 +2,16 @@
 
 The two differ between CPUs by more than anything else in the cost model: with AMX, bfloat16 flash attention is twice
 as fast as blocks of products, without it slower. A measurement takes a few milliseconds for each dtype. It is kept
-in ``$ATTNFUSE_CACHE_DIR`` (default ``~/.cache/attnfuse``) for each CPU, thread count and torch version; a file that
-cannot be read or written only means that it is measured again. ``ATTNFUSE_CALIBRATE=0`` leaves it to the shipped
-rates, so that what is chosen does not depend on the machine.
+in :func:`attnfuse.cache.folder` for each CPU, thread count and torch version; a file that cannot be read or written
+only means that it is measured again. ``ATTNFUSE_CALIBRATE=0`` leaves it to the shipped rates, so that what is chosen
+does not depend on the machine.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes  # torch offers no public way to leave all modes
 
-__all__ = ["Speed", "speed"]
+from attnfuse.atomic import replacing
+from attnfuse.cache import believed, folder
+from attnfuse.errors import BadInput
+
+__all__ = ["Speed", "processor", "speed"]
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class Speed:
 @lru_cache
 def speed(dtype: torch.dtype) -> Speed | None:
     """Speed of the machine in a floating-point dtype; None where it is not to be measured."""
-    if os.environ.get("ATTNFUSE_CALIBRATE") == "0":
+    if not believed():
         return None
     name, path = str(dtype).removeprefix("torch."), _path()
     known = _read(path)
@@ -74,9 +76,12 @@ def _least(call: Callable[[], object]) -> float:
 
 
 def _path() -> Path:
-    folder = os.environ.get("ATTNFUSE_CACHE_DIR") or Path.home() / ".cache" / "attnfuse"
-    machine = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}-{_model()}"
-    return Path(folder) / f"cpu-{machine}-{torch.get_num_threads()}-torch{torch.__version__}.json"
+    return folder() / f"cpu-{processor()}-{torch.get_num_threads()}-torch{torch.__version__}.json"
+
+
+def processor() -> str:
+    """The CPU of this machine, its instructions as torch uses them included."""
+    return f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}-{_model()}"
 
 
 @lru_cache
@@ -103,8 +108,7 @@ def _write(path: Path, known: dict[str, Speed]) -> None:
     text = json.dumps({name: vars(each) for name, each in known.items()}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(text)
-        Path(file.name).replace(path)
-    except OSError as error:
+        with replacing(path) as file:
+            file.write(text.encode())
+    except (BadInput, OSError) as error:
         log.debug("the calibration is not kept: %s", error)

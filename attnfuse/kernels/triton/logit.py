@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from attnfuse.form import ABSORBING, Causal, Window, features, form_of
+from attnfuse.features import Causal, Window, features
+from attnfuse.form import ABSORBING, form_of
 from attnfuse.kernels.rows import FILL
 from attnfuse.score import Apply, Capture, Const, Expr, S, apply, rewrite, walk
 from attnfuse.spec import AttentionSpec, Captured, axes_of
