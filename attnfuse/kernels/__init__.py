@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from attnfuse.kernels import measured
+from attnfuse.kernels.choice import Candidate, Choice, choose, digest, modelled
 from attnfuse.kernels.cpu import blocked as _blocked  # noqa: F401  (registers)
 from attnfuse.kernels.cpu import direct as _direct  # noqa: F401  (registers)
 from attnfuse.kernels.cpu import flex as _flex  # noqa: F401  (registers)
@@ -10,7 +12,7 @@ from attnfuse.kernels.gluon import hopper as _hopper  # noqa: F401  (registers)
 from attnfuse.kernels.gpu import cudnn as _cudnn  # noqa: F401  (registers)
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Numerics, Operand, Problem, Source
-from attnfuse.kernels.registry import UNFUSED, Candidate, Choice, choose, digest, kernel, kernels, lookup
+from attnfuse.kernels.registry import UNFUSED, kernel, kernels, lookup
 from attnfuse.kernels.rows import rows_kept
 from attnfuse.kernels.triton import kernel as _triton  # noqa: F401  (registers)
 
@@ -29,5 +31,7 @@ __all__ = [
     "kernel",
     "kernels",
     "lookup",
+    "measured",
+    "modelled",
     "rows_kept",
 ]

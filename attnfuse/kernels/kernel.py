@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -86,6 +86,23 @@ class Kernel(ABC):
         symbols: Sequence[int],
     ) -> Tensor:
         """``out [*B, H, M, Dv]`` in value's dtype; shapes as in :mod:`attnfuse.spec`, any strides."""
+
+    def schedules(self, problem: Problem, target: Target) -> tuple[Any, ...]:
+        """Ways to run the forward that ``attnfuse tune`` measures: dataclasses whose fields JSON can say."""
+        return ()
+
+    def run_by(
+        self,
+        schedule: Any,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> Tensor:
+        """:meth:`run` by one of :meth:`schedules`."""
+        raise NotImplementedError(f"kernel {self.name} has one schedule")
 
     def expand(
         self,

@@ -1,66 +1,36 @@
-"""Which kernels exist, and which of them computes a problem best.
+"""Which kernels exist: attnfuse's own, and those of other packages.
 
 A third party adds kernels through the entry point group ``attnfuse.kernels``: each entry names a module
-whose import runs ``@kernel``, or a :class:`Kernel` subclass.
+whose import runs ``@kernel``, or a :class:`Kernel` subclass. A package that cannot be loaded is left out, and a
+warning names it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import entry_points
-from types import MappingProxyType
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType, ModuleType
 from typing import TypeVar
 
-from attnfuse.errors import BadInput, NoKernel
-from attnfuse.kernels import cost
-from attnfuse.kernels.gpu import cost as gpu_cost
+from attnfuse.errors import BadInput
 from attnfuse.kernels.kernel import Kernel
-from attnfuse.kernels.problem import Problem
-from attnfuse.target import Target
 from attnfuse.version import __version__
 
-__all__ = ["UNFUSED", "Candidate", "Choice", "choose", "digest", "kernel", "kernels", "lookup"]
+__all__ = ["UNFUSED", "kernel", "kernels", "lookup", "origin", "registered"]
+
+log = logging.getLogger(__name__)
 
 #: The name that the unfused graph has among the candidates.
 UNFUSED = "unfused"
 GROUP = "attnfuse.kernels"
-#: A fused node that takes so much of the unfused graph's time is as fast, and needs less memory. What is a fused call
-#: already must be beaten by more than estimates err: those of flash attention in bfloat16 by up to 40%.
-TIE, TIE_OF_CALLS = 1.02, 0.7
 
 _KERNELS: dict[str, Kernel] = {}
+#: The package, with its version, that a kernel came from; none for kernels that were registered otherwise.
+_PACKAGES: dict[str, str] = {}
 K = TypeVar("K", bound=type[Kernel])
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One kernel's answer: ``seconds`` when it can, ``reasons`` when it cannot."""
-
-    name: str
-    seconds: float | None = None
-    reasons: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The fastest kernel for a problem, and every candidate, in registration order, ``unfused`` last."""
-
-    kernel: str
-    candidates: tuple[Candidate, ...]
-    tie: float = TIE
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """The estimate of every candidate that can."""
-        return {c.name: c.seconds for c in self.candidates if c.seconds is not None}
-
-    @property
-    def pays(self) -> bool:
-        """Whether the chosen kernel is estimated to be as fast as the graph as it is, up to ``tie``."""
-        return self.seconds[self.kernel] <= self.tie * self.seconds[UNFUSED]
 
 
 def kernel(cls: K) -> K:
@@ -78,14 +48,6 @@ def kernels() -> Mapping[str, Kernel]:
     return MappingProxyType(_KERNELS)
 
 
-@lru_cache(maxsize=1)
-def _load_entry_points() -> None:
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        loaded = entry.load()
-        if isinstance(loaded, type) and issubclass(loaded, Kernel) and loaded.name not in _KERNELS:
-            kernel(loaded)
-
-
 def lookup(name: str) -> Kernel:
     """The kernel of that name. Raises :class:`BadInput`, naming those there are."""
     if name in _KERNELS:
@@ -95,36 +57,47 @@ def lookup(name: str) -> Kernel:
     raise BadInput(f"there is no kernel {name!r}; there are {', '.join(_KERNELS)}")
 
 
-def digest() -> str:
-    """A hash of this version and the kernels' names, for cache keys: 16 hexadecimal digits."""
-    return hashlib.sha256("\n".join([__version__, *sorted(kernels())]).encode()).hexdigest()[:16]
+def origin(each: Kernel) -> str | None:
+    """Whose kernel that is: a package and its version, or a module; None for attnfuse's own."""
+    module = type(each).__module__
+    return _PACKAGES.get(each.name) or (None if module.startswith("attnfuse.") else module)
 
 
-def choose(problem: Problem, target: Target, only: str | None = None, *, portable: bool = False) -> Choice:
-    """The kernel with the least estimated time; with ``only`` that kernel or none, with ``portable`` one of ATen alone.
-
-    Raises :class:`NoKernel` with each candidate's reasons, :class:`BadInput` when ``only`` is unknown.
-    """
-    considered = kernels() if only is None else {only: lookup(only)}
-    candidates = tuple(_candidate(each, problem, target, portable=portable) for each in considered.values())
-    able = [(c.seconds, place) for place, c in enumerate(candidates) if c.seconds is not None]
-    if not able:
-        reasons = "; ".join(f"{c.name}: {', '.join(c.reasons)}" for c in candidates)
-        raise NoKernel(f"no kernel can compute this attention on {target} ({reasons})")
-    best = candidates[min(able)[1]].name
-    tie = TIE if problem.source == "written" else TIE_OF_CALLS
-    return Choice(best, (*candidates, Candidate(UNFUSED, _unfused(problem, target))), tie)
+def registered() -> str:
+    """A hash of this version and of every kernel and where it comes from, for cache keys: 16 hexadecimal digits."""
+    lines = [f"{name} {_PACKAGES.get(name, '')}" for name in sorted(kernels())]
+    return hashlib.sha256("\n".join([__version__, *lines]).encode()).hexdigest()[:16]
 
 
-def _unfused(problem: Problem, target: Target) -> float:
-    return cost.unfused(problem) if target.kind == "cpu" else gpu_cost.unfused(problem, target)
+# --- other packages ---------------------------------------------------------------------------------
 
 
-def _candidate(each: Kernel, problem: Problem, target: Target, *, portable: bool) -> Candidate:
-    if target.kind not in each.devices:
-        return Candidate(each.name, reasons=(f"runs on {', '.join(each.devices)}, not on {target.kind}",))
-    if portable and not each.portable:
-        return Candidate(each.name, reasons=("is not made of ATen operations alone",))
-    if reasons := each.reasons_against(problem, target):
-        return Candidate(each.name, reasons=reasons)
-    return Candidate(each.name, each.cost(problem, target))
+@lru_cache(maxsize=1)
+def _load_entry_points() -> None:
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        before = set(_KERNELS)
+        try:
+            _load(entry)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - importing somebody else's code may raise anything
+            for name in set(_KERNELS) - before:
+                del _KERNELS[name]
+            reason = f"{type(error).__name__}: {error}"
+            log.warning(
+                "kernels of %s are left out, since %s cannot be loaded: %s", _package(entry), entry.name, reason
+            )
+        _PACKAGES.update(dict.fromkeys(set(_KERNELS) - before, _package(entry)))
+
+
+def _load(entry: EntryPoint) -> None:
+    loaded = entry.load()
+    if isinstance(loaded, type) and issubclass(loaded, Kernel):
+        if type(_KERNELS.get(loaded.name)) is not loaded:
+            kernel(loaded)
+    elif not isinstance(loaded, ModuleType):
+        raise TypeError(f"{entry.value} is neither a module nor a subclass of attnfuse.Kernel")
+
+
+def _package(entry: EntryPoint) -> str:
+    """The name and version of the package that has the entry point."""
+    found = getattr(entry, "dist", None)
+    return f"{found.name} {found.version}" if found is not None else entry.name

@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnfuse.kernels.gluon.tuned import BLOCKS
+from attnfuse.kernels.gluon.meta import Meta
+from attnfuse.kernels.gluon.tuned import BLOCKS, NAME, choices
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel, lookup
@@ -40,7 +41,7 @@ LAUNCH, BANDWIDTH = 12e-6, 4.0e12
 class Gluon(Kernel):
     """One warp loads tiles by TMA, two or three warpgroups multiply: :mod:`attnfuse.kernels.gluon.forward`."""
 
-    name: ClassVar[str] = "gluon"
+    name: ClassVar[str] = NAME
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     gives_lse: ClassVar[bool] = True
     saves_lse: ClassVar[bool] = True
@@ -56,6 +57,23 @@ class Gluon(Kernel):
             return forward
         other, without = lookup(BACKWARD), _inference(problem)
         return forward + other.cost(problem, target) - other.cost(without, target)
+
+    def schedules(self, problem: Problem, target: Target) -> tuple[Meta, ...]:
+        """What the table has for any attention of these widths."""
+        return choices(problem.query.shape[-1], problem.value.shape[-1])
+
+    def run_by(
+        self,
+        schedule: Meta,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> Tensor:
+        """``out`` by these choices."""
+        return _forward(spec, query, key, value, captures, symbols, with_lse=False, meta=schedule)[0]
 
     def run(
         self,
@@ -114,13 +132,14 @@ def _forward(
     symbols: Sequence[int],
     *,
     with_lse: bool,
+    meta: Meta | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     # Triton is imported where it runs, so that a machine without it can still be told why not
     from attnfuse.kernels.gluon.launch import forward  # noqa: PLC0415
 
     if spec.batch:
-        return forward(spec, query, key, value, captures, symbols, with_lse=with_lse)
-    out, lse = forward(spec, query[None], key[None], value[None], captures, symbols, with_lse=with_lse)
+        return forward(spec, query, key, value, captures, symbols, with_lse=with_lse, meta=meta)
+    out, lse = forward(spec, query[None], key[None], value[None], captures, symbols, with_lse=with_lse, meta=meta)
     return out[0], None if lse is None else lse[0]
 
 

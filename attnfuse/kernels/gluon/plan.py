@@ -14,7 +14,7 @@ from attnfuse.kernels.gluon.build import Source, build
 from attnfuse.kernels.gluon.forward import ROWS
 from attnfuse.kernels.gluon.meta import Meta
 from attnfuse.kernels.gluon.reads import given, reads_of
-from attnfuse.kernels.gluon.tuned import tuned
+from attnfuse.kernels.gluon.tuned import measured, tuned
 from attnfuse.kernels.rows import Band, band_of, rows_kept
 from attnfuse.kernels.triton import function_text, logit_of
 from attnfuse.score import Capture, Const, Expr, S, walk
@@ -79,7 +79,8 @@ def sourced(
     sink = None if spec.sink is None else logit.shrunk(spec.sink, spec.captures)
     left, right = band.left is not None, band.right is not None
     simple = program == S
-    chosen = meta or tuned(q_shape[3], v_shape[3], keys, left=left, right=right, program=not simple)
+    chosen = meta or measured(spec, dtype, q_shape, k_shape, v_shape)
+    chosen = chosen or tuned(q_shape[3], v_shape[3], keys, left=left, right=right, program=not simple)
     strides, dtypes = tuple(each for _, each, _ in captured), [dtype for _, _, dtype in captured]
     reads = reads_of(spec, program, strides, dtypes)
     facts_of = {"left": left, "right": right, "ragged": keys % chosen.block_n > 0, "lse": with_lse}

@@ -1,12 +1,21 @@
-"""Which choices are fast: measured on one H200 (NOTES.md says how)."""
+"""Which choices are fast: measured on one H200 (NOTES.md says how), or by ``attnfuse tune`` on the device there is."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
+
+import torch
 
 from attnfuse.kernels.gluon.meta import Meta
+from attnfuse.kernels.measured import fastest_schedule
+from attnfuse.spec import AttentionSpec
+from attnfuse.target import Target
 
-__all__ = ["BLOCKS", "tuned"]
+__all__ = ["BLOCKS", "NAME", "choices", "measured", "tuned"]
+
+#: What the kernel is called.
+NAME = "gluon"
 
 #: Widths of a tile; a head's is rounded up, and what is beyond it reads as zero.
 BLOCKS = (64, 128, 256)
@@ -40,6 +49,25 @@ def tuned(width: int, value_width: int, keys: int, *, left: bool, right: bool, p
         # long blocks: the hardware's own order is the best
         return replace(meta, persistent=False, longest_first=right and not left)
     return replace(meta, dynamic=right or blocks == (64, 64), longest_first=right and not left)
+
+
+def choices(width: int, value_width: int) -> tuple[Meta, ...]:
+    """Everything that :func:`tuned` may answer for heads of these widths."""
+    facts = product((0, _LONG, _LONG_CAUSAL), (False, True), (False, True), (False, True))
+    return tuple(
+        dict.fromkeys(
+            tuned(width, value_width, keys, left=left, right=right, program=program)
+            for keys, left, right, program in facts
+        )
+    )
+
+
+def measured(
+    spec: AttentionSpec, dtype: torch.dtype, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
+) -> Meta | None:
+    """The choices that were measured as the fastest on this machine's device; None where none were."""
+    fields = fastest_schedule(NAME, spec, dtype, query, key, value, Target("cuda", "sm90"))
+    return None if fields is None else Meta(**fields)
 
 
 def _plain(blocks: tuple[int, int], keys: int, right: bool) -> Meta:

@@ -14,8 +14,11 @@ from attnfuse.kernels.gpu import cost
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel
+from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton.gradients import Gradients, differentiable
 from attnfuse.kernels.triton.launch import attend
+from attnfuse.kernels.triton.neighbours import neighbours
+from attnfuse.kernels.triton.planning import NAME
 from attnfuse.kernels.triton.text import untranslatable
 from attnfuse.reference import attention
 from attnfuse.score import P
@@ -33,7 +36,7 @@ WIDEST, BATCHES = 512, 2
 class Triton(Kernel):
     """Any score program: masks skip tiles, biases, softcaps, sinks and dropout are computed in the tile."""
 
-    name: ClassVar[str] = "triton"
+    name: ClassVar[str] = NAME
     devices: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "xpu")
     gives_lse: ClassVar[bool] = True
     saves_lse: ClassVar[bool] = True
@@ -45,6 +48,23 @@ class Triton(Kernel):
     def cost(self, problem: Problem, target: Target) -> float:
         """See :mod:`attnfuse.kernels.gpu.cost`."""
         return cost.triton(problem, target)
+
+    def schedules(self, problem: Problem, target: Target) -> tuple[Schedule, ...]:
+        """Those near the table's."""
+        return neighbours(problem, target)
+
+    def run_by(
+        self,
+        schedule: Schedule,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> Tensor:
+        """``out`` by a schedule."""
+        return attend(spec, query, key, value, captures, symbols, schedule=schedule)[0]
 
     def run(
         self,

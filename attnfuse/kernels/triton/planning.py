@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from attnfuse.form import ABSORBING, form_of
 from attnfuse.kernels.gpu.cost import device_of
+from attnfuse.kernels.measured import fastest_schedule
+from attnfuse.kernels.problem import Operand
 from attnfuse.kernels.rows import MARGIN, masking_band, rows_kept, skips_surely
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton.logit import logit_of
@@ -18,8 +22,10 @@ from attnfuse.kernels.triton.tables import Shape, schedule_for, with_splits
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
-__all__ = ["plan_of", "precision_of"]
+__all__ = ["NAME", "filled", "plan_of", "precision_of", "shipped"]
 
+#: What the kernel that plans are for is called.
+NAME = "triton"
 #: Rows below which the query heads that share a key head are put into one tile.
 PACKED_BELOW = 64
 #: Rows of a tile at most that is bound by memory, so that exact products cost nothing.
@@ -87,15 +93,49 @@ def plan_of(
 def _chosen(
     spec: AttentionSpec, query: Memory, key: Memory, value: Memory, symbols: tuple[int, ...], target: Target
 ) -> Schedule:
-    rows, keys, groups = query.shape[-2], key.shape[-2], query.shape[-3] // key.shape[-3]
+    measured = fastest_schedule(NAME, spec, query.dtype, query.shape, key.shape, value.shape, target)
+    base = shipped(spec, query, key, value, symbols, target) if measured is None else _read(measured)
+    return filled(base, spec, query, key, symbols, target)
+
+
+def _read(fields: Mapping[str, Any]) -> Schedule:
+    return Schedule(**{**fields, "knobs": tuple(map(tuple, fields["knobs"]))})
+
+
+def shipped(
+    spec: AttentionSpec,
+    query: Memory | Operand,
+    key: Memory | Operand,
+    value: Memory | Operand,
+    symbols: tuple[int, ...],
+    target: Target,
+) -> Schedule:
+    """The schedule that the target's table has for operands, keys not yet split."""
     widths = _padded(query.shape[-1]), _padded(value.shape[-1])
-    in_tiles = rows * groups if rows <= PACKED_BELOW else rows
     banded = not masking_band(spec, symbols).open
-    schedule = schedule_for(target, Shape(*widths, query.dtype.itemsize, banded, in_tiles))
+    return schedule_for(target, Shape(*widths, query.dtype.itemsize, banded, _in_tiles(query, key)))
+
+
+def filled(
+    schedule: Schedule,
+    spec: AttentionSpec,
+    query: Memory | Operand,
+    key: Memory | Operand,
+    symbols: tuple[int, ...],
+    target: Target,
+) -> Schedule:
+    """The schedule with keys split where a few rows would not fill the processors."""
+    rows, keys, in_tiles = query.shape[-2], key.shape[-2], _in_tiles(query, key)
     if in_tiles > PACKED_BELOW or not skips_surely(spec, rows, keys, symbols):
         return schedule
     programs = math.prod(key.shape[:-2]) * -(-in_tiles // schedule.rows)
     return with_splits(schedule, programs, keys, device_of(target).processors)
+
+
+def _in_tiles(query: Memory | Operand, key: Memory | Operand) -> int:
+    """Rows that are computed together for one key head."""
+    rows, groups = query.shape[-2], query.shape[-3] // key.shape[-3]
+    return rows * groups if rows <= PACKED_BELOW else rows
 
 
 def _padded(width: int) -> int:
