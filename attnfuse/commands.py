@@ -1,9 +1,10 @@
-"""The commands: ``attnfuse rewrite``, ``explain``, ``kernels`` and ``demo``."""
+"""The commands: ``attnfuse rewrite``, ``explain``, ``kernels``, ``tune`` and ``demo``."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import import_module
@@ -15,13 +16,13 @@ import typer
 from torch.export import ExportedProgram
 
 from attnfuse import demo as demonstration
-from attnfuse import pt2
+from attnfuse import pt2, tuning
 from attnfuse.atomic import replacing
 from attnfuse.candidates import Asked, Sizes, problem_of, problems_in
 from attnfuse.errors import BadInput
 from attnfuse.exits import table
 from attnfuse.features import describe
-from attnfuse.kernels import Candidate, Numerics, choose, kernels, lookup
+from attnfuse.kernels import Candidate, Numerics, choose, kernels, lookup, measured
 from attnfuse.passes.certify import Effort
 from attnfuse.picture import as_dot, as_svg, as_text
 from attnfuse.report import Certificate, Report
@@ -167,21 +168,70 @@ def list_kernels(
         doc = {name: (type(each).__doc__ or "").strip().partition("\n")[0] for name, each in kernels().items()}
         show_rows(("kernel", "devices", ""), [(n, ", ".join(e.devices), doc[n]) for n, e in kernels().items()])
         return
-    if what.endswith(".pt2") or Path(what).is_file():
-        sites = problems_in(_read(Path(what), modules, trust_input=trust_input))
-    else:
-        problem = problem_of(what, Sizes.parse(sizes), getattr(torch, dtype))
-        sites = iter([Asked("attention", problem, Target.current())])
-    for site in sites:
+    for site in _asked(what, sizes, dtype, modules, trust_input=trust_input):
         place = aim or site.target
         typer.echo(f"{site.name}: {describe(site.problem.spec)} on {place}")
         show_rows(("kernel", "estimate", "because"), map(_candidate_row, choose(site.problem, place).candidates))
+
+
+@app.command(short_help="Measure the kernels on this machine, and choose by that from now on.")
+def tune(
+    what: Annotated[
+        str | None, typer.Argument(metavar="[IN|SPEC]", show_default="usual attention at usual sizes")
+    ] = None,
+    sizes: Annotated[str, typer.Option(metavar="B,H,Hkv,M,N,D", help="For a SPEC.")] = DEFAULT_SIZES,
+    dtype: Annotated[Dtype, typer.Option(help="For a SPEC.")] = "float32",
+    target: Aim = None,
+    training: Annotated[bool, typer.Option("--training", help="With the backward.")] = False,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compiled/--eager",
+            show_default="compiled, but not a .pt2",
+            help="Whether the graph around the attention will be compiled.",
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long each kernel is timed.")] = 0.2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and show, and keep nothing.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Forget all that was measured, and do no more.")] = False,
+    modules: Import = None,
+    trust_input: Trust = False,
+) -> None:
+    """Time every kernel that can compute the attention in IN, a .pt2, or a SPEC, and the graph as it is.
+
+    What is measured corrects the estimates that kernels are chosen by, for this device, these versions and attention
+    of about these sizes; of kernels that have schedules, the fastest is found. It is kept in $ATTNFUSE_CACHE, else in
+    attnfuse in the user's cache directory. ATTNFUSE_CALIBRATE=0 chooses without it.
+    """
+    aim = _target_of(target)
+    if clear:
+        typer.echo(f"files deleted: {measured.clear()}")
+        return
+    asked = (
+        tuning.standard(aim or Target.current())
+        if what is None
+        else _asked(what, sizes, dtype, modules, trust_input=trust_input)
+    )
+    wanted = tuning.Wanted(aim, training, compiled if compiled is not None else not _is_program(what), seconds)
+    tuning.run(asked, wanted, dry_run=dry_run)
 
 
 @app.command(short_help="See it work on a small decoder, here and now.")
 def demo() -> None:
     """Export a small decoder, fuse its attention, verify it and time both, here and now."""
     demonstration.run()
+
+
+def _is_program(what: str | None) -> bool:
+    return what is not None and (what.endswith(".pt2") or Path(what).is_file())
+
+
+def _asked(what: str, sizes: str, dtype: Dtype, modules: list[str] | None, *, trust_input: bool) -> Iterator[Asked]:
+    """The problems of a .pt2, or the one that a SPEC is."""
+    if _is_program(what):
+        return problems_in(_read(Path(what), modules, trust_input=trust_input))
+    problem = problem_of(what, Sizes.parse(sizes), getattr(torch, dtype))
+    return iter([Asked("attention", problem, Target.current())])
 
 
 def _draw(report: Report, dot: Path | None, svg: Path | None) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from attnfuse.errors import Refused
 from attnfuse.report import Certificate, Fused, Report, grouped
 
-__all__ = ["show_certificate", "show_report", "show_rows", "stage"]
+__all__ = ["Steps", "show_certificate", "show_report", "show_rows", "stage", "steps"]
 
 S = TypeVar("S", bound=Fused | Refused)
 
@@ -28,6 +30,31 @@ def stage(words: str) -> Iterator[None]:
         return
     with console.status(f"{words} ..."):
         yield
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A bar of steps, which is shown where somebody is watching."""
+
+    bar: Progress
+    task: TaskID
+
+    def tell(self, words: str) -> None:
+        """Says what is being done."""
+        self.bar.update(self.task, description=words)
+
+    def done(self) -> None:
+        """One step is."""
+        self.bar.advance(self.task)
+
+
+@contextmanager
+def steps(total: int) -> Iterator[Steps]:
+    """A bar of so many steps."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield Steps(bar, bar.add_task("", total=total))
 
 
 def show_report(report: Report) -> None:

@@ -79,3 +79,9 @@ def test_paths_exist(path: str) -> None:
 def test_python_blocks_are_python() -> None:
     for block in blocks(README, "python"):
         compile(block, "README.md", "exec")
+
+
+def test_the_kernel_that_is_added_is_the_tests_package() -> None:
+    package = ROOT / "tests" / "kernels" / "example_package"
+    assert (package / "attnfuse_example.py").read_text() in blocks(README, "python")
+    assert blocks(README, "toml") == [(package / "pyproject.toml").read_text()]
