@@ -97,6 +97,8 @@ def _is_lse(lse: Tensor) -> bool:
 def _token_major(tensor: Tensor) -> Tensor:
     """``tensor [*B, H, M, D]`` laid out as ``[*B, M, H, D]``; a copy only where it is not yet so."""
     tokens = tensor.transpose(-3, -2)
+    if tokens.is_contiguous() and 1 not in tensor.shape:
+        return tensor
     # the round trip through one dimension gives dimensions of size 1 the strides that the fake has
     return tokens.reshape(-1).view(tokens.shape).transpose(-3, -2)
 

@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 from attnfuse.errors import BadProgram
 from attnfuse.score import Apply, Capture, Expr, Index, P, Prob, S, Score, Symbol, parse, text, walk
@@ -85,6 +86,18 @@ class AttentionSpec:
         if not 0.0 <= self.dropout <= 1.0:
             raise BadProgram(f"dropout probability {self.dropout} is not between 0 and 1")
         self._check_normaliser()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # launches are looked up by their spec, and a hash walks its programs
+        return hash(tuple(self.__getstate__().values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # another process hashes texts otherwise
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def _check_normaliser(self) -> None:
         for name, allowed in (("normaliser", get_args(Normaliser)), ("empty_rows", get_args(EmptyRows))):

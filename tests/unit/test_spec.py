@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -151,3 +153,13 @@ def test_axes_of_names_what_a_program_varies_along(program: str, axes: str) -> N
 def test_axes_of_covers_every_index(program: Expr) -> None:
     indices = {part.axis for part in walk(program) if isinstance(part, Index)}
     assert indices <= axes_of(program, ())
+
+
+@given(specs())
+def test_a_hash_is_kept_in_this_process_alone(spec: AttentionSpec) -> None:
+    again = AttentionSpec.from_text(spec.to_text())
+    assert hash(again) == hash(spec)
+    # texts hash otherwise in another process
+    copied = pickle.loads(pickle.dumps(spec))
+    assert vars(copied).keys() == {each.name for each in fields(spec)}
+    assert copied == spec

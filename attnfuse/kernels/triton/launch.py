@@ -169,7 +169,14 @@ def _sources(known: Geometry, *operands: Tensor) -> tuple[Any, ...]:
         return operands
     from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: PLC0415 - see attend
 
-    return tuple(TensorDescriptor(each, *how) for each, how in zip(operands, known.descriptors, strict=True))
+    made = []
+    for operand, how in zip(operands, known.descriptors, strict=True):
+        # what its constructor would check at every launch, the geometry was made by
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.base = operand
+        descriptor.shape, descriptor.strides, descriptor.block_shape = how
+        made.append(descriptor)
+    return tuple(made)
 
 
 def _partial(query: Tensor, value: Tensor, splits: int) -> tuple[Tensor, ...] | None:

@@ -140,6 +140,10 @@ class Plan:
     def __repr__(self) -> str:
         return f"plan_{self._digest}"
 
+    # Triton looks a launch up by its constants, and to hash the fields is to walk their programs
+    def __hash__(self) -> int:
+        return hash(self._digest)
+
     @property
     def cache_key(self) -> str:
         """What Triton's cache on disk knows the plan by."""
@@ -175,3 +179,5 @@ class BackwardPlan(Plan):
     def captured(self) -> Any:
         """From the gradient of a logit to that of the captured tensor."""
         return self._function(self.captured_program)
+
+    __hash__ = Plan.__hash__
