@@ -13,7 +13,7 @@ import torch
 from attnfuse.kernels import UNFUSED, Problem, choose, cost, digest, lookup, measured
 from attnfuse.kernels.gluon.tuned import choices
 from attnfuse.kernels.gluon.tuned import measured as measured_choices
-from attnfuse.kernels.measured import Measured, case_of, keep
+from attnfuse.kernels.measured import Measured, case_of, keep, machine
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton.memory import Memory
 from attnfuse.kernels.triton.planning import plan_of
@@ -119,9 +119,9 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_versions_and_devices_have_other_files(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kept(slower("blocked", problem("causal")), problem("causal"))
     assert measured.near(problem("causal"), CPU) != Measured()
-    machine = measured._machine(CPU)
-    assert machine is not None
-    monkeypatch.setattr(measured, "_machine", lambda target: {**machine, which: "another"})
+    known = machine.machine(CPU)
+    assert known is not None
+    monkeypatch.setattr(machine, "machine", lambda target: {**known, which: "another"})
     assert measured.near(problem("causal"), CPU) == Measured()
 
 
@@ -156,7 +156,7 @@ class TestSchedules:
 
     @pytest.fixture(autouse=True)
     def _hopper(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        monkeypatch.setattr(measured, "_device", lambda target: "of this test" if target == HOPPER else None)
+        monkeypatch.setattr(machine, "_device", lambda target: "of this test" if target == HOPPER else None)
         plan_of.cache_clear()
         yield
         plan_of.cache_clear()
