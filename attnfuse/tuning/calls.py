@@ -66,7 +66,7 @@ def _random(operand: Operand, device: torch.device) -> Tensor:
 
 def by_kernel(kernel: Kernel, problem: Problem, operands: Given) -> Call:
     """A kernel as a rewritten graph calls it: by the operator, or, where it is to be inlined, compiled."""
-    if kernel.inlined:
+    if kernel.inlines(problem):
         return _call(_compiled(_expanded(kernel, problem, operands), operands), problem, operands)
     text, with_lse = problem.spec.to_text(), problem.training and kernel.saves_lse
 
