@@ -104,7 +104,8 @@ def _fuse_one(gm: GraphModule, options: Options, known: GraphState | None) -> Re
     wishes = Wishes(target, options.kernel, options.numerics, options.portable, options.profit, options.compiled)
     state = State(captured, options, wishes)
     state, seconds = run(STAGES, state, show=_show, check=_check, print_after=options.print_after)
-    gm.recompile()
+    if state.replaced:
+        gm.recompile()
     sites = tuple(item for item in state.items if isinstance(item, (Fused, Refused)))
     return Report(sites, str(target), seconds, tuple(map(described, state.decisions)))
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +21,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast  # what Dynamo calls where a program enters autocast
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import (
-    make_fx,
-)
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from attnfuse.graph import facts
@@ -125,8 +124,11 @@ def _is_torch_function(node: Node) -> bool:
 def _traced(module: GraphModule) -> Captured:
     placeholders = [facts.value(node) for node in module.graph.nodes if node.op == "placeholder"]
     mirror = Mirror(module)
-    with tracing(None), preserve_node_meta(), _modes_restored():
-        aten = make_fx(mirror.run, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(*placeholders)
+    # the tracer's own fake mode makes a copy of each placeholder's value, which only a shape changed in place needs
+    mode: Literal["real", "fake"] = "real" if mirror.is_known else "fake"
+    fake = fake_mode_of(module.graph) or FakeTensorMode(allow_non_fake_inputs=True)
+    with tracing(None), preserve_node_meta(), _modes_restored(), fake:
+        aten = make_fx(mirror.run, tracing_mode=mode, pre_dispatch=True)(*placeholders)
     return Captured(module, aten.graph, mirror.home, mirror.closed())
 
 

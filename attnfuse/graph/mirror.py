@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch._ops import HigherOrderOperator
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode, get_proxy_slot, track_tensor_tree
 from torch.fx.node import map_aggregate
 from torch.fx.traceback import set_current_meta
@@ -15,6 +17,7 @@ from torch.fx.traceback import set_current_meta
 from attnfuse.graph import facts
 from attnfuse.graph.closed import Closed
 from attnfuse.graph.flex import flex_of, is_flex
+from attnfuse.graph.single import Single
 
 __all__ = ["Mirror"]
 
@@ -26,6 +29,17 @@ class Mirror(Interpreter):
         super().__init__(module)
         self.home: dict[Node, Node] = {}
         self._calls: list[Closed] = []
+        #: Whether the known values are what calls give.
+        self.is_known = _keeps_metadata(module.graph)
+        self._single: Single | None = None
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's result, traced."""
+        mode = get_innermost_proxy_mode()
+        if mode is not None and self.is_known:
+            self._single = Single(mode)
+        with self._single or nullcontext():
+            return super().run(*args, **kwargs)
 
     def closed(self) -> Mapping[Node, Closed]:
         """The call that each traced node without a home lies inside of."""
@@ -40,6 +54,8 @@ class Mirror(Interpreter):
             return self._flex(n, known)
         if isinstance(n.target, HigherOrderOperator):
             return self._unopened(n, known)
+        if self._is_single(n, known):
+            return known
         before = _last_traced()
         with set_current_meta(n):
             result = super().run_node(n)
@@ -49,6 +65,20 @@ class Mirror(Interpreter):
         if n.op == "call_function" and len(inside) > 1:
             self._calls.append(Closed(n, inside, map_aggregate(result, _node_of)))
         return result
+
+    def _is_single(self, n: Node, known: Any) -> bool:
+        """Whether a call was traced without running it."""
+        if self._single is None or n.op not in ("call_function", "call_method") or not _has_tensors(known):
+            return False
+        call = partial(getattr(self, n.op), n.target, *self.fetch_args_kwargs_from_env(n))
+        node = self._single.traced(call, known)
+        if node is None:
+            return False
+        if "stack_trace" in n.meta:
+            node.meta["stack_trace"] = n.meta["stack_trace"]
+        if isinstance(known, torch.Tensor):
+            self.home.setdefault(node, n)
+        return True
 
     def _unopened(self, n: Node, known: Any) -> Any:
         """The result of a checkpointed region, a branch or a loop, whose body is a graph of its own."""
@@ -80,6 +110,21 @@ class Mirror(Interpreter):
             return number
         proxy = mode.tracer.create_proxy("call_function", torch.ops.aten.item.default, (mode.tracer.proxy(traced),), {})
         return track_tensor_tree(number, proxy, constant=None, tracer=mode.tracer)
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (isinstance(value, tuple) and all(map(_has_tensors, value)))
+
+
+def _keeps_metadata(graph: Graph) -> bool:
+    """Whether no call changes a shape in place: after one, the known values of what came before it are too late."""
+    return not any(node.op == "call_method" and _reshapes_in_place(str(node.target)) for node in graph.nodes)
+
+
+def _reshapes_in_place(method: str) -> bool:
+    operator = getattr(torch.ops.aten, method, None) if method.endswith("_") and not method.endswith("__") else None
+    overloads = [getattr(operator, name) for name in operator.overloads()] if operator is not None else []
+    return any(torch.Tag.inplace_view in overload.tags for overload in overloads)
 
 
 def _last_traced() -> Node | None:
