@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 from torch.fx.node import map_aggregate
 
-__all__ = ["run_in_double", "widened"]
+__all__ = ["nudged", "run_in_double", "widened"]
 
 #: Softmax of decomposed graphs: its last argument says that half is converted, which double is not.
 _HALF_TO_FLOAT = (torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default)
@@ -45,6 +45,18 @@ def widened(part: Any) -> Any:
         case torch.dtype() if part.is_floating_point:
             return torch.float64
     return part
+
+
+def nudged(part: Any, random: torch.Generator) -> Any:
+    """A floating-point tensor in float64, each element moved by one rounding, up or down; all else as it is.
+
+    ``random`` is a generator of the CPU's, so that every device draws the same directions.
+    """
+    if not isinstance(part, Tensor) or not part.is_floating_point():
+        return part
+    up = torch.randint(0, 2, part.shape, generator=random, dtype=torch.float64).to(part.device)
+    # half an eps is the most that rounding to nearest moves a number by
+    return part.double() * (1 + (up - 0.5) * torch.finfo(part.dtype).eps)
 
 
 class _Double(Interpreter):

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from attnfuse.errors import Refused
-from attnfuse.graph.double import run_in_double, widened
+from attnfuse.graph.double import nudged, run_in_double, widened
 from attnfuse.graph.text import shape_of
 from attnfuse.passes.certify.errors import Errors, compare
-from attnfuse.passes.certify.inputs import GRADIENT_FREE, TRIALS, Trial, draw, nudged
+from attnfuse.passes.certify.inputs import GRADIENT_FREE, TRIALS, Trial, draw
 from attnfuse.passes.certify.shrink import Shaped, Sizes, shrunk_shape, smaller_axes
 from attnfuse.passes.certify.source import Shapes, source_of
 from attnfuse.passes.site import Attention
@@ -165,7 +165,7 @@ def _try(name: str, trial: Trial, pair: _Pair) -> Errors:
         found = _observed(pair.fused, values[: pair.shared], needs[: pair.shared])
         exactly = partial(_observed, partial(_in_double, pair.source), needs=needs)
         exact = exactly([widened(value) for value in values])
-        moved = cache(lambda: exactly([nudged(value, _SEED) for value in values]))
+        moved = cache(lambda: exactly(_nudged(pair, values)))
     differentiated = (node for node, need in zip(pair.standing, needs, strict=True) if need)
     names = ["the result", *(f"the gradient of {node.name}" for node in differentiated)]
     errors = [
@@ -173,6 +173,15 @@ def _try(name: str, trial: Trial, pair: _Pair) -> Errors:
         for at, (which, source, fused, truth) in enumerate(zip(names, expected, found, exact, strict=True))
     ]
     return errors[0]
+
+
+def _nudged(pair: _Pair, values: Sequence[Tensor | int]) -> list[Tensor | int]:
+    """The inputs one rounding away, in float64; but for masks, whose fills are exact and far too big to be moved."""
+    random = torch.Generator().manual_seed(_SEED)
+    return [
+        widened(value) if node in pair.masks else nudged(value, random)
+        for node, value in zip(pair.standing, values, strict=True)
+    ]
 
 
 def _expected(pair: _Pair, values: Sequence[Tensor | int], needs: Sequence[bool]) -> list[Tensor]:

@@ -35,8 +35,10 @@ def compare(
 ) -> Errors:
     """The errors of both. Raises :class:`NotEquivalent`, beginning with ``what``, where ``fused`` is too far off.
 
-    A source may be exact by luck where its problem is ill-conditioned. So before anything is called wrong, what the
-    exact result changes by under one rounding of the inputs, to ``moved()``, counts as an error of the source too.
+    A source may be exact by luck where its problem is ill-conditioned. The best that a program which rounds can promise
+    is the exact result of inputs that are one rounding away (N. Higham, Accuracy and Stability of Numerical Algorithms,
+    2002, section 1.5). So before anything is called wrong, the error of that result, ``moved()``, counts as an error of
+    the source too.
     Where the source is NaN or infinite, fused may be so too, or finite if ``exact`` is: an overflow of an
     intermediate need not be repeated.
     """

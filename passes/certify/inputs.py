@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from attnfuse.graph import facts
 
-__all__ = ["GRADIENT_FREE", "TRIALS", "Trial", "draw", "nudged"]
+__all__ = ["GRADIENT_FREE", "TRIALS", "Trial", "draw"]
 
 #: Makes a tensor of a shape and dtype; the generator is the certificate's.
 Trial = Callable[[tuple[int, ...], torch.dtype, torch.Generator], Tensor]
@@ -29,14 +29,6 @@ def draw(
     made = _with_fills if is_mask and trial is _filled else trial
     # drawn on the CPU: the same values on every device
     return made(shape, facts.dtype(node), generator).to(facts.tensor(node).device)
-
-
-def nudged(value: Tensor | int, seed: int) -> Tensor | int:
-    """A floating-point input in float64, each element moved towards zero by at most one rounding of its own dtype."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    part = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return value.double() * (1 - torch.finfo(value.dtype).eps * part)
 
 
 def _plain(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnfuse import reference
+from attnfuse.graph import double
 from tests.property.recipe import FINFO_MIN, Inputs, Recipe
 from tests.property.spell import Spelled
 
@@ -58,14 +59,7 @@ def exact_result(spelled: Spelled, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def nudged(inputs: Inputs) -> Inputs:
-    """The inputs in float64, each element moved towards zero by at most one rounding."""
-    move = partial(_one_rounding, torch.Generator().manual_seed(0))
+    """The inputs in float64, each element moved by one rounding."""
+    move = partial(double.nudged, random=torch.Generator().manual_seed(0))
     captures = {name: move(x) for name, x in inputs.captures.items()}
     return Inputs(move(inputs.query), move(inputs.key), move(inputs.value), captures)
-
-
-def _one_rounding(random: torch.Generator, x: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        return x
-    part = torch.rand(x.shape, generator=random, dtype=torch.float64)
-    return x.double() * (1 - torch.finfo(x.dtype).eps * part)
