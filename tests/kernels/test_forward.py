@@ -167,6 +167,23 @@ def test_a_masked_key_of_nan_contributes_nothing(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("keys", [3, 5, 16, 37])
+@pytest.mark.parametrize("name", ["scaled", "causal", "bias", "empty rows zero"])
+def test_rows_of_which_every_score_is_nan_are_nan(name: str, keys: int, kernel: str) -> None:
+    """ATen's CPU kernel makes them zero where there are fewer keys than a vector register holds."""
+    given = case(SPECS[name], replace(SIZES["odd"], rows=keys, keys=keys), torch.float32)
+    given.query[..., 1, :] = float("nan")
+    given.query[..., 2, :2] = torch.tensor([float("inf"), -float("inf")])
+    given.key[..., 0, :] = float("nan")
+    if able(given, kernel):
+        true, true_lse = reference(given.spec, *given.operands[:3], given.captures)
+        out, lse = run(given, kernel, with_lse=True)
+        assert torch.equal(out.isnan(), true.isnan())
+        assert torch.equal(run(given, kernel)[0].isnan(), true.isnan())
+        assert torch.equal(lse.isnan(), true_lse.isnan())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     "name", ["scaled", "causal", "causal, rows without keys", "sink", "softcap, causal", "empty rows zero", "sigmoid"]
 )

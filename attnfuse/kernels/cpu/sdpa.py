@@ -3,7 +3,8 @@
 Exactly means: the mask is none, top-left causal, or a captured additive bias. Any other mask would be
 added to the scores, so that a NaN or infinite key behind it would reach the row; ``numerics="fast"``
 allows that. A row that a bias masks with -inf throughout is zero in SDPA: where the spec wants NaN, as in
-the written-out program, such rows are found in the bias and made NaN again. The backward of ATen's CPU
+the written-out program, such rows are found in the bias and made NaN again. So are rows without a mask of which
+every score is NaN, which ATen's CPU kernel makes zero where there are few keys. The backward of ATen's CPU
 kernel normalises by ``exp(s - lse)``, which is wrong on rows of one huge negative bias: with a bias ours
 takes its place.
 """
@@ -90,7 +91,9 @@ class Sdpa(Kernel):
             enable_gqa=query.shape[-3] != key.shape[-3],
         )
         out = out.view(*batch, *out.shape[-3:])
-        if mask is None or spec.empty_rows == "zero" or rows_kept(spec, query.shape[-2], key.shape[-2], symbols):
+        if mask is None:
+            return out if _has_many(key) else torch.where(_nan_rows(query, key).unsqueeze(-1), float("nan"), out)
+        if spec.empty_rows == "zero" or rows_kept(spec, query.shape[-2], key.shape[-2], symbols):
             return out
         dead = mask.amax(dim=-1, keepdim=True) == float("-inf")
         return torch.where(dead, float("nan"), out)
@@ -109,7 +112,11 @@ class Sdpa(Kernel):
             return lookup("blocked").run_with_lse(spec, query, key, value, captures, symbols)
         out, lse = _flash(spec, query, key, value)
         batch = query.shape[:-3]
-        return out.view(*batch, *out.shape[-3:]), lse.reshape(query.shape[:-1]).to(torch.float32)
+        out, lse = out.view(*batch, *out.shape[-3:]), lse.reshape(query.shape[:-1]).to(torch.float32)
+        if _has_many(key):
+            return out, lse
+        lost = _nan_rows(query, key)
+        return torch.where(lost.unsqueeze(-1), float("nan"), out), lse.masked_fill(lost, float("nan"))
 
     def backward(
         self,
@@ -233,6 +240,23 @@ def _mask(form: Form, query: Tensor, key: Tensor, captures: Sequence[Tensor], sy
         value = evaluate(part, scope).to(scope.dtype)
         found = value if found is None else found + value
     return found
+
+
+#: A vector register holds no more numbers. ATen's maximum of a row forgets NaN in what does not fill one.
+_LANES = 16
+
+
+def _has_many(key: Tensor) -> bool:
+    """Whether there are surely more keys than ATen handles apart from the others."""
+    keys = key.shape[-2]
+    return isinstance(keys, int) and keys >= _LANES
+
+
+def _nan_rows(query: Tensor, key: Tensor) -> Tensor:
+    """Which rows ``[*B, H, M]`` have a score of NaN with the first key, which every row keeps: they are NaN."""
+    first = repeat_heads(key[..., :1, :], query.shape[-3])
+    wide = torch.promote_types(query.dtype, torch.float32)  # a half type may overflow where the product does not
+    return (query.to(wide) * first.to(wide)).sum(-1).isnan()
 
 
 def four_d(tensor: Tensor, batch: Sequence[int]) -> Tensor:
