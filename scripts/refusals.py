@@ -34,6 +34,10 @@ JUST: dict[str, str] = {
     "there is a single key": "a softmax over one key is 1 whatever the scores: there is nothing to compute",
     "the softmax runs over another axis": "each key is shared out among the queries: no attention over keys",
     "a softmax of which an inner part is used": "two products share one softmax, side by side, and part after it",
+    "the weights go through pad": (
+        "windows that overlap are computed chunk by chunk and skewed into one another (Longformer), or the weights are"
+        " wanted for relative positions of the values (VITS)"
+    ),
     "the product with the values cannot be read": "the weights of a learned vector multiply no product of keys",
     "the graph cannot be traced: DataDependentOutput": "a size depends on data; no attention is in these graphs",
 }

@@ -216,16 +216,18 @@ def _final(reader: Reader, operand: Operand) -> Operand:
 
 def score_product(reader: Reader, logit: Expr, keys: tuple[Axis, ...], value_place: Place) -> Dot | None:
     """The product of queries and keys: of the contractions in the logit that have the key axis on one side
-    only, the one whose key side has the fewest axes that the values lack (a relative position has more).
+    only, the one whose key side has the fewest axes that the values lack (a relative position has more), and of
+    such the first: sites that share two products then agree which of them is the other's bias.
     """
     shared = axes_at(reader, value_place)
-    candidates: list[tuple[int, Dot]] = []
+    candidates: list[tuple[int, int, Dot]] = []
     for atom in _atoms(reader, logit):
         if isinstance(atom, Dot):
             keyed = [p for p in (atom.left_place, atom.right_place) if _reads_key(reader, p, keys)]
             if len(keyed) == 1:
-                candidates.append((len(axes_at(reader, keyed[0]) - shared), atom))
-    return min(candidates, key=lambda c: c[0])[1] if candidates else None
+                lacking = len(axes_at(reader, keyed[0]) - shared)
+                candidates.append((lacking, reader.order.position[atom.node], atom))
+    return min(candidates, key=lambda c: c[:2])[2] if candidates else None
 
 
 def axes_at(reader: Reader, place: Place) -> set[Axis]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 
 from torch.fx import Node
@@ -13,18 +13,17 @@ from attnfuse.graph.order import Order, Write, storage
 from attnfuse.passes.lift.reader import TakeAsTensor
 from attnfuse.passes.site import Site
 
-__all__ = ["interior", "without_hazards"]
+__all__ = ["interior", "observed", "without_hazards"]
 
 
 def without_hazards(site: Site, order: Order) -> Site:
-    """The site with its interior. Raises :class:`Refused` where a score or weight is used outside, or where
-    something that was read is overwritten; :class:`TakeAsTensor` where what was read is the overwriting itself.
+    """The site with its interior. Raises :class:`Refused` where a weight is used outside, or where something that was
+    read is overwritten; :class:`TakeAsTensor` where what was read is the overwriting itself.
     """
     inside = interior(site, order)
-    for node in inside:
-        for user in node.users:
-            if user not in inside and user is not site.node and order.is_live(user):
-                raise _escape(site, node, user, order)
+    for node, user in _uses_outside(site, inside, order):
+        if not order.before(node, site.softmax):
+            raise _escape(site, node, user, order)
     for leaf in {leaf.node for leaf in site.read()}:
         if leaf in inside:
             reason = "what is done with the scores needs all of them at once"
@@ -34,6 +33,33 @@ def without_hazards(site: Site, order: Order) -> Site:
         if write.target in inside:
             _refuse_shared_write(write, inside, order)
     return replace(site, interior=frozenset(inside))
+
+
+def observed(sites: Collection[Site], order: Order) -> dict[Node, Refused]:
+    """The sites that are refused since a score is used elsewhere, by their node; that another site uses it, which will
+    then compute it itself, is no reason.
+    """
+    refused: dict[Node, Refused] = {}
+    while True:
+        kept = [site for site in sites if site.node not in refused]
+        replaced = {node for site in kept for node in site.interior}
+        found = {site.node: seen for site in kept if (seen := _observer(site, replaced, order))}
+        if not found:
+            return refused
+        refused |= found
+
+
+def _observer(site: Site, replaced: Collection[Node], order: Order) -> Refused | None:
+    uses = _uses_outside(site, site.interior, order)
+    return next((_escape(site, node, user, order) for node, user in uses if user not in replaced), None)
+
+
+def _uses_outside(site: Site, inside: Collection[Node], order: Order) -> Iterator[tuple[Node, Node]]:
+    """The nodes inside that have another use, each with its user, in graph order."""
+    for node in sorted(inside, key=order.position.__getitem__):
+        for user in node.users:
+            if user not in inside and user is not site.node and order.is_live(user):
+                yield node, user
 
 
 def interior(site: Site, order: Order) -> set[Node]:

@@ -70,7 +70,8 @@ class Reader:
         self.symbols: list[Size] = []
         #: Which axis an index variable of an expression runs over.
         self.axes: dict[str, Index] = {}
-        self._rules, self._order, self._is_given, self._opaque = rules, order, is_given, opaque
+        self.order = order
+        self._rules, self._is_given, self._opaque = rules, is_given, opaque
         self._constants = constants or Constants()
         self._slots: dict[Atom, int] = {}
         self._outer, self._bound = self, cast("Mapping[Node, Bound]", {})
@@ -104,7 +105,7 @@ class Reader:
         """A reader of a program that ``consumer`` calls: its inputs are ``bound`` to numbers or this graph's nodes."""
         outer, inner = copy(self), copy(self)
         outer._consumer = consumer
-        inner._order, inner._outer, inner._bound = order, outer, bound
+        inner.order, inner._outer, inner._bound = order, outer, bound
         inner._memo, inner.trail, inner.consumer, inner._consumer = {}, [], {}, None
         return inner
 
@@ -115,7 +116,7 @@ class Reader:
         made it no longer says what it holds: it is a leaf.
         """
         place = self.final(place)
-        changed = self._consumer is not None and self._order.is_written_between(node, self._consumer)
+        changed = self._consumer is not None and self.order.is_written_between(node, self._consumer)
         self._note_consumer(node)
         if (node, place, changed) not in self._memo:
             self.trail.append((node, place))
@@ -124,7 +125,7 @@ class Reader:
 
     def _note_consumer(self, node: Node) -> None:
         reader, known = self._consumer, self.consumer.get(node)
-        if reader is not None and (known is None or self._order.before(reader, known)):
+        if reader is not None and (known is None or self.order.before(reader, known)):
             self.consumer[node] = reader
 
     def _interpret(self, node: Node, place: Place) -> Expr:

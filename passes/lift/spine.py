@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from attnfuse.axes import Unreadable
 from attnfuse.errors import Refused
 from attnfuse.graph import facts
-from attnfuse.graph.order import Order
+from attnfuse.graph.order import Order, storage
 from attnfuse.passes.lift.activation import ACTIVATIONS
 from attnfuse.passes.lift.assemble import read_site
 from attnfuse.passes.lift.call import is_call, read_call
@@ -24,7 +24,7 @@ from attnfuse.passes.lift.constant import Constants
 from attnfuse.passes.lift.contraction import CONTRACTIONS
 from attnfuse.passes.lift.create import CREATE
 from attnfuse.passes.lift.flex import is_flex_result, read_flex
-from attnfuse.passes.lift.hazards import without_hazards
+from attnfuse.passes.lift.hazards import observed, without_hazards
 from attnfuse.passes.lift.normaliser import NORMALISER_NAMES, NORMALISERS
 from attnfuse.passes.lift.pointwise import POINTWISE
 from attnfuse.passes.lift.reader import Reader, Rules, TakeAsTensor
@@ -43,6 +43,9 @@ _RULES: Rules = {**VIEWS, **POINTWISE, **ACTIVATIONS, **CREATE, **CONTRACTIONS, 
 
 #: What scores and weights pass through without a new contraction.
 _THROUGH = frozenset((*VIEWS, *POINTWISE, *ACTIVATIONS, *REDUCTIONS, *NORMALISERS, "tril", "triu", "native_dropout"))
+
+#: What moves elements in ways that are not read: attention through it is refused, not overlooked.
+_MOVED = frozenset(("pad", "constant_pad_nd", "as_strided", "roll", "gather", "scatter", "slice_scatter", "copy"))
 
 Found = list[Site | Refused]
 
@@ -64,8 +67,9 @@ def lift(graph: Graph, given: Given | None = None) -> Found:
     found = [
         (each.node, item) for each in _candidates(graph, given.is_parameter) for item in _attempt(each, order, given)
     ]
-    sites = {node: item for node, item in found if isinstance(item, Site)}
-    inside = {node for site in sites.values() for node in site.interior}
+    seen = observed([item for _, item in found if isinstance(item, Site)], order)
+    found = [(node, seen.get(node, item)) for node, item in found]
+    inside = {inner for _, item in found if isinstance(item, Site) for inner in item.interior}
     # what is refused alone may be a part of what is not
     return [item for node, item in found if node not in inside]
 
@@ -131,8 +135,11 @@ def _downstream(graph: Graph, is_start: Callable[[Node], bool]) -> dict[Node, No
     for node in graph.nodes:
         if node.op == "call_function" and node.all_input_nodes and is_start(node):
             reached[node] = node
-        elif _base(node) in _THROUGH and (start := _reached_by(node.all_input_nodes, reached)):
-            reached[node] = start
+        elif start := _reached_by(node.all_input_nodes, reached):
+            if _base(node) in _THROUGH or _base(node) in _MOVED:
+                reached[node] = start
+            if facts.is_mutating(node):
+                reached |= {storage(target): start for target in facts.written(node)}
     return reached
 
 
@@ -151,7 +158,24 @@ def _unread_weights(reader: Reader, start: Node) -> Found:
     for node, reason in reader.unread.items():
         if node is start or start in node.all_input_nodes:
             return [Refused(reason, node.name, facts.source_line(node))]
-    return []
+    moved = _mover(start)
+    if moved is None:
+        return []
+    reason = f"the weights go through {facts.op_name(moved)} before the product with the values, which is not read"
+    return [Refused(reason, start.name, facts.source_line(start))]
+
+
+def _mover(start: Node) -> Node | None:
+    """The first operation on the way from ``start`` that moves elements as is not read."""
+    seen, queue = {start}, [start]
+    for node in queue:
+        if _base(node) in _MOVED:
+            return node
+        for user in node.users:
+            if user not in seen and (_base(user) in _THROUGH or _base(user) in _MOVED):
+                seen.add(user)
+                queue.append(user)
+    return None
 
 
 def _attempt(candidate: Candidate, order: Order, given: Given, opaque: frozenset[Node] = frozenset()) -> Found:

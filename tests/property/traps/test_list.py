@@ -136,6 +136,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "tests/kernels/test_rows.py: reach_holds_every_kept_key_and_core_only_kept_ones",
         "tests/kernels/test_forward.py: as_exact_as_the_written_out_program",
     ),
+    "a row of which every score is NaN": ("tests/kernels/test_forward.py: rows_of_which_every_score_is_nan_are_nan",),
     # --- what is attention already, and what has no softmax ---
     "what scaled_dot_product_attention says of masks, empty rows, heads and scales": (
         "calls: is_causal_is_aligned_top_left, an_empty_row_is_zero_behind_a_bool_mask, any_rank, any_scale",
@@ -178,6 +179,9 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "models: a_mask_made_of_constant_tensors_is_a_predicate, a_mask_that_keeps_every_row_is_none",
         "models: scores_times_a_mask_of_floats, large_logits_may_leave_the_source_exact_by_luck",
         "models: a_quotient_of_sizes_is_no_tensor, a_bias_of_products_on_products",
+        "models: two_attentions_share_the_sum_of_two_products, shared_scores_that_somebody_else_sees_too",
+        "models: shared_scores_of_which_one_attention_is_refused",
+        "models: weights_that_are_skewed_are_refused_and_not_overlooked",
     ),
     "a rewrite rule of ours is wrong": (
         "planted: the_certificate_refuses_a_planted_rule",

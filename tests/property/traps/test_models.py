@@ -161,3 +161,49 @@ def test_a_bias_of_products_on_products(door: str) -> None:
         return attend(q @ (k / scale.to(k.dtype)).mT + to_position / scale.to(k.dtype), v)
 
     assert never_wrong(door, attention, *qkv(), torch.randn(4, 5, 8), torch.randint(0, 5, (6, 9))).fused
+
+
+def test_two_attentions_share_the_sum_of_two_products(door: str) -> None:
+    """LiLT: text and layout each score, and both attend by the sum of both scores."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        text, layout = q @ k.mT / 4, q[..., :2] @ k[..., :2].mT / 2
+        of_text = torch.softmax(text + layout + mask, dim=-1) @ v
+        return of_text, torch.softmax(layout + text + mask, dim=-1) @ v[..., :2]
+
+    assert len(never_wrong(door, attention, *qkv(), additive_mask(), sites=2).fused) == 2
+
+
+def test_shared_scores_that_somebody_else_sees_too(door: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = q @ k.mT
+        return attend(scores, v), attend(scores / 2, v), scores.amax(-1)
+
+    report = never_wrong(door, attention, *qkv(), sites=2)
+    assert all("also used by" in site.reason for site in report.refused)
+    assert not report.fused
+
+
+def test_shared_scores_of_which_one_attention_is_refused(door: str) -> None:
+    """What another attention uses is no reason to refuse only while that one is fused."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = q @ k.mT
+        weights = torch.softmax(scores / 2, dim=-1)
+        return attend(scores, v), weights @ v, weights
+
+    report = never_wrong(door, attention, *qkv(), sites=2)
+    assert not report.fused
+
+
+def test_weights_that_are_skewed_are_refused_and_not_overlooked(door: str) -> None:
+    """Longformer: scores are copied into a tensor of diagonals, and weights padded until they stand askew."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q.new_zeros(2, 4, 6, 9)
+        scores[..., :9] = q @ k.mT
+        weights = torch.nn.functional.pad(torch.softmax(scores, dim=-1), (0, 1))[..., 1:]
+        return weights @ v
+
+    (site,) = never_wrong(door, attention, *qkv()).refused
+    assert "the weights go through" in site.reason
