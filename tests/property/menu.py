@@ -15,9 +15,13 @@ __all__ = ["AXES", "Spelling", "options", "plainest", "term_options"]
 
 @dataclass(frozen=True)
 class Spelling:
-    """One word for each axis; ``terms`` has one for each bias, then each mask, of the recipe."""
+    """One word for each axis; ``terms`` has one for each bias, then each mask, of the recipe.
+
+    Where ``call`` is a word, one call takes the place of everything from the first product to the second.
+    """
 
     arrive: str = "bhmd"
+    call: str = "none"
     heads: str = "same"
     product: str = "matmul"
     key_t: str = "transpose"
@@ -69,7 +73,13 @@ def plainest(recipe: Recipe, chosen: Spelling | None = None, start: int = 0) -> 
 
 def options(recipe: Recipe, chosen: Spelling, axis: str) -> list[str]:
     """The words that fit on ``axis``, plainest first; never empty. Terms are chosen part by part instead."""
+    if chosen.call != "none" and axis in _INSIDE:
+        return [getattr(Spelling(), axis)]
     return _FITTING[axis](recipe, chosen)
+
+
+#: The axes that a call leaves nothing to say on.
+_INSIDE = ("product", "key_t", "softcap", "add", "joined", "sink", "softmax", "dropout", "weighted")
 
 
 def _arrivals(recipe: Recipe, chosen: Spelling) -> list[str]:
@@ -79,12 +89,21 @@ def _arrivals(recipe: Recipe, chosen: Spelling) -> list[str]:
     return [w for w in words.ARRIVE if w != "abhmd" and (same_heads or not w.startswith("flat"))]
 
 
+def _calls(recipe: Recipe, chosen: Spelling) -> list[str]:
+    """A call's empty rows are zero, and it takes heads before rows."""
+    said = recipe.weights == "safe softmax" and recipe.softcap is None and not recipe.sink
+    in_order = words.ARRIVE[chosen.arrive].axes in (("bhmd", "bknd", "bkne"), ("abhmd", "abknd", "abkne"))
+    return ["none", "sdpa"] if said and in_order else ["none"]
+
+
 def _heads(recipe: Recipe, chosen: Spelling) -> list[str]:
     if recipe.sizes.heads == recipe.sizes.kv_heads:
         return ["same"]
+    if chosen.call != "none":
+        return ["enable_gqa", "repeat_interleave", "expand, flatten"]
     if words.ARRIVE[chosen.arrive].axes != ("bhmd", "bknd", "bkne"):
         return ["repeat_interleave", "expand, flatten"]
-    return [word for word in words.HEADS if word != "same"]
+    return [word for word in words.HEADS if word not in ("same", "enable_gqa")]
 
 
 def _products(recipe: Recipe, chosen: Spelling) -> list[str]:
@@ -118,6 +137,8 @@ def _key_transposes(recipe: Recipe, chosen: Spelling) -> list[str]:
 
 
 def _scales(recipe: Recipe, chosen: Spelling) -> list[str]:
+    if chosen.call != "none" and recipe.scale is not None:
+        return ["on q", "on k"] if isinstance(recipe.scale, str) else ["alpha", "on q", "on k"]
     in_product = ["alpha"] if chosen.product.startswith("baddbmm") else []
     match recipe.scale:
         case None:
@@ -143,11 +164,22 @@ def _softcaps(recipe: Recipe, chosen: Spelling) -> list[str]:
 
 
 def _applications(recipe: Recipe, chosen: Spelling) -> list[str]:
+    if chosen.call != "none":
+        return _called_masks(recipe)
     added = [word for word in words.APPLY if word.startswith("added")]
     replacing = [word for word in words.APPLY if word not in added]
     if math.isinf(recipe.fill):
         return [*replacing, *(word for word in added if word not in _FINITE_ONLY)]
     return added if recipe.added else replacing
+
+
+def _called_masks(recipe: Recipe) -> list[str]:
+    if recipe.biases:
+        return ["bias, filled", "bias, added"] if recipe.masks else ["bias"]
+    if not recipe.masks:
+        return ["none"]
+    causal = [part.word for part in recipe.masks] == ["causal"] and recipe.masks[0].value == 0
+    return ["bool", "where", "zeros", *(["is_causal"] if causal else [])]
 
 
 def _joins(recipe: Recipe, chosen: Spelling) -> list[str]:
@@ -198,6 +230,7 @@ def _departures(recipe: Recipe, chosen: Spelling) -> list[str]:
 #: What fits on each axis, in the order they are chosen: it depends on the recipe and on earlier axes alone.
 _FITTING: dict[str, Callable[[Recipe, Spelling], list[str]]] = {
     "arrive": _arrivals,
+    "call": _calls,
     "heads": _heads,
     "product": _products,
     "key_t": _key_transposes,

@@ -108,6 +108,10 @@ class _Writer:
     def _rest(self) -> Iterator[str]:
         yield from self._heads()
         yield from self._scale(before=True)
+        if self.spelling.call != "none":
+            yield f"out = {self._call()}"
+            yield f"return {words.LEAVE[self.spelling.leave]}"
+            return
         yield f"scores = {self._product()}"
         yield from self._scale(before=False)
         if self.recipe.softcap is not None:
@@ -117,13 +121,31 @@ class _Writer:
         yield from self._weights()
         yield from self._out()
 
+    def _call(self) -> str:
+        keeps = [self._term(part, word) for part, word in self._said if part in self.recipe.masks]
+        biases = [self._term(part, word) for part, word in self._said if part in self.recipe.biases]
+        names = {"keep": " & ".join(f"({keep})" for keep in keeps), "bias": " + ".join(f"({bias})" for bias in biases)}
+        options = [words.CALLED_MASK[self.spelling.apply].format(**names)]
+        options += [f"scale={self.recipe.scale if self.spelling.scale == 'alpha' else 1.0!r}"]
+        options += ["enable_gqa=True"] if self.spelling.heads == "enable_gqa" else []
+        return f"F.scaled_dot_product_attention({', '.join(['q, k, v', *filter(None, options)])})"
+
+    @property
+    def _said(self) -> Iterator[tuple[Part, str]]:
+        """Each bias and mask, and the word that it is said with."""
+        return zip(self.recipe, self.spelling.terms, strict=True)
+
     # --- operands ---
 
     @property
     def _axes(self) -> tuple[str, str, str]:
         """Axes of query, key and value when they meet."""
         q, k, v = words.ARRIVE[self.spelling.arrive].axes
-        return (q, k, v) if self.spelling.heads == "grouped" else (q, k.replace("k", "h"), v.replace("k", "h"))
+        return (
+            (q, k, v)
+            if self.spelling.heads in ("grouped", "enable_gqa")
+            else (q, k.replace("k", "h"), v.replace("k", "h"))
+        )
 
     def _arrive(self) -> Iterator[str]:
         inside, s = words.ARRIVE[self.spelling.arrive].inside, self.recipe.sizes

@@ -106,7 +106,7 @@ def sweep() -> Iterator[tuple[str, Recipe, Spelling]]:
     """Every word of the vocabulary in an otherwise plain spelling, with a name for the test's id."""
     seen: set[str] = set()
     for recipe in _SAMPLES:
-        for name, spelling in _one_step_from(recipe, plainest(recipe)):
+        for name, spelling in (*_one_step_from(recipe, plainest(recipe)), *_called(recipe)):
             if name not in seen:
                 seen.add(name)
                 yield name, recipe, spelling
@@ -121,6 +121,16 @@ def _one_step_from(recipe: Recipe, plain: Spelling) -> Iterator[tuple[str, Spell
             yield f"{axis}: {word}", changed
             if axis in ("arrive", "heads", "product"):
                 yield from _one_step_from_layout(recipe, changed, at + 1)
+
+
+def _called(recipe: Recipe) -> Iterator[tuple[str, Spelling]]:
+    """A call where one fits, in every way to give it its mask, scale and heads."""
+    start = AXES.index("call") + 1
+    for call in options(recipe, plain := plainest(recipe), "call")[1:]:
+        called = plainest(recipe, plain.saying("call", call), start)
+        for axis in ("heads", "scale", "apply"):
+            for word in options(recipe, called, axis):
+                yield f"{call}, {axis}: {word}", called.saying(axis, word)
 
 
 def _one_step_from_layout(recipe: Recipe, plain: Spelling, start: int) -> Iterator[tuple[str, Spelling]]:
@@ -156,4 +166,7 @@ _SAMPLES = (
     Recipe(DISTINCT, scale=0.3, masks=(parts.causal(2),), sink=True),
     Recipe(_GROUPED, scale=0.3, masks=(parts.causal(2), parts.padding()), sink=True),
     *(Recipe(DISTINCT, scale=0.3, masks=(parts.causal(2), parts.padding()), weights=way) for way in list(WEIGHTS)[1:]),
+    Recipe(_GROUPED, scale="temperature", masks=(parts.causal(),), weights="safe softmax"),
+    Recipe(DISTINCT, scale=0.3, biases=(parts.bias("h", "m", "n"),), weights="safe softmax"),
+    Recipe(DISTINCT, biases=(parts.alibi_keys(),), masks=(parts.padding(),), weights="safe softmax"),
 )

@@ -60,9 +60,9 @@ def assert_detected(door: str, recipe: Recipe, spelling: Spelling) -> None:
 
 
 def _readings(recipe: Recipe, spelling: Spelling) -> list[AttentionSpec]:
-    """What the spec must be; nothing where operands arrive with batch and heads in one dimension and a capture
-    tells these apart, so that more than one spec is right."""
+    """What the spec must be; nothing where operands arrive with batch and heads in one dimension and a capture or a
+    view of the scores tells these apart, so that more than one spec is right."""
     if not spelling.arrive.startswith("flat"):
         return [recipe.spec()]
     told_apart = any({"b", "h"} & set(arg.axes) for arg in recipe.args)
-    return [] if told_apart else [replace(recipe.spec(), batch=0)]
+    return [] if told_apart or "viewed" in spelling.product else [replace(recipe.spec(), batch=0)]

@@ -13,6 +13,7 @@ __all__ = [
     "ADD",
     "APPLY",
     "ARRIVE",
+    "CALLED_MASK",
     "DROPOUT",
     "HEADS",
     "KEY_T",
@@ -70,6 +71,19 @@ HEADS = {
     "expand, flatten": "{x}.unsqueeze({i} + 1).expand({sizes}).flatten({i}, {i} + 1)",
     "expand, reshape": "{x}[:, :, None].expand(B, K, H // K, N, {depth}).reshape(B, H, N, {depth})",
     "grouped": "",
+    "enable_gqa": "",
+}
+
+#: The mask that a call of scaled_dot_product_attention is given: ``{keep}`` is what is kept, ``{bias}`` what is added.
+CALLED_MASK = {
+    "none": "",
+    "is_causal": "is_causal=True",
+    "bool": "attn_mask={keep}",
+    "where": "attn_mask=torch.where({keep}, 0.0, float('-inf')).to(q.dtype)",
+    "zeros": "attn_mask=torch.zeros_like({keep}, dtype=q.dtype).masked_fill(~({keep}), float('-inf'))",
+    "bias": "attn_mask={bias}",
+    "bias, filled": "attn_mask=torch.where({keep}, {bias}, float('-inf'))",
+    "bias, added": "attn_mask={bias} + torch.where({keep}, 0.0, float('-inf')).to(q.dtype)",
 }
 
 KEY_T = {
