@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +35,18 @@ def attnfuse(
     ours = {f.name: given.pop(f.name) for f in fields(Options) if f.name in given}
     ours.setdefault("compiled", inner == _INNER)
     fused = fuse_graph(gm, example_inputs, **ours)
-    rest = {name: value for name, value in (("mode", mode), ("options", given or None)) if value}
     with _cache_key():
-        return lookup_backend(inner)(fused, list(example_inputs), **rest)
+        compiled: Callable[..., Any] = _compiler(inner, mode, given)(fused, list(example_inputs))
+        return compiled
+
+
+def _compiler(inner: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    """The inner backend with its mode and options, which Inductor is told by what torch.compile wraps it in."""
+    if inner == _INNER:
+        wrapped: Callable[..., Any] = torch._TorchCompileInductorWrapper(mode, options, None)
+        return wrapped
+    rest = {name: value for name, value in (("mode", mode), ("options", options)) if value}
+    return partial(lookup_backend(inner), **rest)
 
 
 @contextmanager

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
+from attnfuse.backend import attnfuse
 from tests.models.doors import CASES, Spy, assert_all_fused, compiled
 from tests.models.float64 import InFloat64, exact_copy, widened
 from tests.models.zoo import MODELS, Inputs, Model, Padding
@@ -67,6 +69,26 @@ def test_inductor_around_the_kernels_that_are_chosen(
         fused = run(**MODELS[name].feed("left")).last_hidden_state
     assert_as_good(fused, *judged(name, torch.float32, "left"))
     assert_all_fused(spy.reports[0], MODELS[name])
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"), [("reduce-overhead", {}), ("default", {}), (None, {"epilogue_fusion": False})]
+)
+def test_inductor_gets_its_mode_and_options(mode: str | None, options: dict[str, bool]) -> None:
+    seen: list[object] = []
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.softmax(query @ key.mT, dim=-1) @ value
+
+    def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        run = attnfuse(graph, inputs, mode=mode, options={**options, "kernel": "blocked", "profit": False})
+        seen.extend(site.kernel for site in graph.meta["attnfuse_report"].fused)
+        return run
+
+    query, key, value = torch.randn(3, 1, 2, 8, 16)
+    out = torch.compile(attention, backend=backend)(query, key, value)
+    torch.testing.assert_close(out, attention(query, key, value))
+    assert seen == ["blocked"]
 
 
 def in_both(source: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
