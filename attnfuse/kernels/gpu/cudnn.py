@@ -91,7 +91,10 @@ class Cudnn(Sdpa):
         out, lse = residual.out, residual.lse
         if lse is None:
             out, lse = _forward(spec, query, key, value, with_lse=True)
-        operands = [_dense(four_d(x, batch)) for x in (grad_out, query, key, value, out)]
+        grad_out, query_4d, key_4d, value_4d, out = (
+            _dense(four_d(x, batch)) for x in (grad_out, query, key, value, out)
+        )
+        operands = (grad_out, _laid_out_as(out, query_4d), key_4d, value_4d, out)
         nothing = torch.zeros((), dtype=torch.int64, device=query.device)
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *operands, lse.reshape(*operands[1].shape[:3], 1), nothing, nothing, None, None, None,
@@ -130,6 +133,19 @@ def _forward(
     )
     out = out.view(*batch, *out.shape[-3:])
     return out, lse.reshape(query.shape[:-1]) if with_lse else lse
+
+
+def _laid_out_as(out: Tensor, query: Tensor) -> Tensor:
+    """The query in memory as its output, copied where it is not.
+
+    torch 2.11 remembers cuDNN's backward by the strides of query, key and value, not by those of out, which it takes to
+    lie as the forward would have made it for that query: another's would be read in the wrong order.
+    """
+    expected = torch.empty_like(query, device="meta").stride()
+    steps = zip(out.shape, out.stride(), expected, strict=True)
+    if all(size == 1 or stride == wanted for size, stride, wanted in steps):
+        return query
+    return torch.empty_like(out).copy_(query)
 
 
 def _dense(tensor: Tensor) -> Tensor:
