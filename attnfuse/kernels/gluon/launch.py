@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -61,10 +62,24 @@ def _launch(plan: Plan, operands: Sequence[Tensor], lse: Tensor | None, captures
     plan.run(*described, panel, *addresses, *plan.numbers, stream=stream)
 
 
-@cache
 def _counter(device: int, stream: int) -> Tensor:
-    """The next work item, one for each stream. Zero between launches: whoever takes the last item resets it."""
-    return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
+    """The next work item. Zero between launches: whoever takes the last item resets it."""
+    # a graph brings its own, zeroed by one of its nodes
+    return _zero(device) if torch.cuda.is_current_stream_capturing() else _kept_counter(device, stream)
+
+
+@cache
+def _kept_counter(device: int, stream: int) -> Tensor:
+    """One for each stream, made by another thread: this one's memory may be a pool's that belongs to a graph."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_zero, device, wait=True).result()
+
+
+def _zero(device: int, *, wait: bool = False) -> Tensor:
+    made = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
+    if wait:
+        torch.cuda.synchronize(device)
+    return made
 
 
 def _loadable(tensor: Tensor) -> Tensor:
