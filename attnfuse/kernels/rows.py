@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from attnfuse.features import Causal, Window, mask_features
 from attnfuse.form import ABSORBING, form_of, masked_by
-from attnfuse.score import Apply, Capture, Const, Expr, Symbol, walk
+from attnfuse.score import Apply, Capture, Const, Expr, Index, Symbol, walk
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["FILL", "MARGIN", "Band", "band_of", "masking_band", "masking_fill", "rows_kept", "skips_surely"]
@@ -44,6 +44,11 @@ class Band:
     def open(self) -> bool:
         """Whether every key is inside."""
         return self.left is None and self.right is None
+
+    @property
+    def holds_diagonal(self) -> bool:
+        """Whether key ``m`` is inside for row ``m``."""
+        return (self.left is None or self.left <= 0) and (self.right is None or self.right >= 0)
 
     def reach(self, first: int, last: int, keys: int) -> tuple[int, int]:
         """The keys that any row in ``first..last-1`` can keep, as a span; at least one key when there are any."""
@@ -110,14 +115,17 @@ def skips_surely(
 def rows_kept(spec: AttentionSpec, rows: int, keys: int, symbols: Sequence[int] = ()) -> bool:
     """Whether every query row is proven to have a finite logit, for finite scores.
 
-    Proven for masks that are a band, without captured biases (which may hold -inf). A band's width is
-    concave in the row, so its first and last row decide. Symbolic sizes count at the values given. Without a softmax
-    no row needs a key.
+    Proven for masks that are a band, without captured biases (which may hold -inf) but for slopes, times the distance
+    of row and key: that is zero or NaN where they meet. A band's width is concave in the row, so its first and last row
+    decide. Symbolic sizes count at the values given. Without a softmax no row needs a key.
     """
     if spec.normaliser == "none":
         return True
     form, band = form_of(spec.score), band_of(spec, tuple(symbols))
-    if form is None or not band.exact or keys == 0 or any(_captured(bias) for bias in (*form.bias, form.scale)):
+    if form is None or not band.exact or keys == 0 or _captured(form.scale):
+        return False
+    captured = [bias for bias in form.bias if _captured(bias)]
+    if captured and not (rows <= keys and band.holds_diagonal and all(map(_vanishes, captured))):
         return False
     return all(_width(band, row, keys) > 0 for row in (0, rows - 1)) if rows else True
 
@@ -130,6 +138,18 @@ def _width(band: Band, row: int, keys: int) -> int:
 
 def _captured(program: Expr) -> bool:
     return any(isinstance(part, Capture) for part in walk(program))
+
+
+def _vanishes(program: Expr) -> bool:
+    """Whether it is zero, or NaN, where ``n == m``."""
+    match program:
+        case Apply("sub", (Index("m"), Index("n")) | (Index("n"), Index("m"))):
+            return True
+        case Apply("neg" | "abs" | "float" | "div", (inner, *_)):
+            return _vanishes(inner)
+        case Apply("mul", (left, right)):
+            return _vanishes(left) or _vanishes(right)
+    return False
 
 
 def _number(program: Expr, symbols: tuple[int, ...]) -> int | None:

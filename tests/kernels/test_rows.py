@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from attnfuse.kernels.rows import Band, band_of, rows_kept
 from attnfuse.score import parse
-from attnfuse.spec import AttentionSpec
+from attnfuse.spec import AttentionSpec, Captured
 from tests.kernels.cases import SPECS
 
 EDGES = st.none() | st.integers(-9, 9)
@@ -74,3 +74,23 @@ def test_symbolic_offsets_count_at_the_sizes_given() -> None:
 )
 def test_what_data_decides_is_not_proven(name: str) -> None:
     assert not rows_kept(SPECS[name], 5, 5)
+
+
+SLOPES = "0.5 * s + {bias} + where({mask}, 0.0, -1e38)"
+
+
+@pytest.mark.parametrize(
+    ("bias", "mask", "rows", "kept"),
+    [
+        ("t0 * (n - m)", "n <= m", 5, True),
+        ("abs(m - n) * t0", "(n <= m + 2) & (n >= m - 3)", 5, True),
+        ("t0 * (n - m)", "n <= m", 6, False),  # the last row has no key of its own number
+        ("t0 * (n - m)", "n <= m - 1", 5, False),
+        ("t0 * (n + m)", "n <= m", 5, False),
+        ("t0 + (n - m)", "n <= m", 5, False),
+    ],
+)
+def test_slopes_leave_every_row_the_key_it_meets(bias: str, mask: str, rows: int, kept: bool) -> None:
+    score = parse(SLOPES.format(bias=bias, mask=mask))
+    spec = AttentionSpec(score, captures=(Captured(("h",), "float32"),))
+    assert rows_kept(spec, rows, 5) == kept
