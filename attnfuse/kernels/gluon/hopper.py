@@ -211,7 +211,7 @@ def _training(problem: Problem, target: Target) -> tuple[str, ...]:
 def _forward_seconds(problem: Problem) -> float:
     width = max(problem.query.shape[-1], problem.value.shape[-1])
     rate = next(rate for block, rate in RATES.items() if width <= block)
-    if logit_of(problem.spec).core != S:
+    if logit_of(problem.spec, rows_kept=problem.rows_kept).core != S:
         rate *= WITH_PROGRAM
     operands = (problem.query, problem.key, problem.value, *problem.captures)
     moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in operands)

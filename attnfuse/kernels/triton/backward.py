@@ -21,6 +21,8 @@ __all__ = ["captured_gradient", "keys_gradient", "row_sums", "rows_gradient"]
 
 #: Rows whose lse is below are summed again.
 FAINT = tl.constexpr(-1000.0)
+#: Heads whose longest tiles are started first.
+TOGETHER = tl.constexpr(16)
 
 
 @triton.jit
@@ -115,6 +117,26 @@ def decoded(head, sizes, PLAN: tl.constexpr):
     return b, h.to(tl.int64), h // PLAN.groups
 
 
+@triton.jit
+def assigned(tiles, heads, PLAN: tl.constexpr):
+    """Which tile and head, of all batches, a program has; ``heads`` are those of one batch."""
+    work = tl.program_id(0)
+    every = tl.num_programs(0) // tiles
+    if PLAN.left or PLAN.right:
+        # tiles differ in length: the first of several heads, whose operands stay in the L2 cache, then the second
+        group = work // (TOGETHER * tiles)
+        inside = work - group * TOGETHER * tiles
+        size = tl.minimum(TOGETHER, every - group * TOGETHER)
+        tile, head = inside // size, group * TOGETHER + inside % size
+    elif PLAN.upright:
+        # the batches, which mostly read the same captured tensor, side by side
+        batches = every // heads
+        tile, head = work // batches % tiles, work % batches * heads + work // (batches * tiles)
+    else:
+        tile, head = work % tiles, work // tiles
+    return tile, head
+
+
 # --- rows: delta, and what normalises the weights ---------------------------------------------------
 
 
@@ -206,11 +228,23 @@ def load_rows_of(sums, seed, head, first, rows, b, h, PLAN: tl.constexpr):
 
 
 @triton.jit
+def captured_scores(s, dx, b, h, i, n, rows, keys, scope, CORE: tl.constexpr, PLAN: tl.constexpr):
+    """What a tile of scores has for the gradient of a captured tensor, ``[rows, keys]``; zero beyond the edges."""
+    found = PLAN.captured(s, dx, b, h, row_index(i, rows, PLAN)[:, None], key_index(n, keys, PLAN), *scope)
+    found = tl.broadcast_to(found, dx.shape)
+    if not PLAN.even_rows:
+        found = tl.where(i[:, None] < rows, found, 0.0)
+    if not CORE and not PLAN.even:
+        found = tl.where(n < keys, found, 0.0)
+    return found
+
+
+@triton.jit
 def walk_keys(
-    dq, q, grad, keys_of, values_of, k_at, v_at, i, top, norm, delta, bits, b, h, first, last, rows, keys,
-    scope, CORE: tl.constexpr, PLAN: tl.constexpr,
+    dq, total, q, grad, keys_of, values_of, k_at, v_at, target, head, i,
+    top, norm, delta, bits, b, h, first, last, rows, keys, scope, CORE: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys ``first..last-1`` to the gradient of a tile of rows."""
+    """Adds the keys ``first..last-1`` to the gradient of a tile of rows, and to that of the captured tensor."""
     for n0 in tl.range(first, last, PLAN.keys, num_stages=PLAN.stages):
         n = (n0 + tl.arange(0, PLAN.keys))[None, :]
         k = load_tile(keys_of, k_at, n0, keys, PLAN.keys, PLAN.width, PLAN.padded, not CORE and not PLAN.even)
@@ -221,21 +255,30 @@ def walk_keys(
         dp = tl.dot(grad, v.trans(), input_precision=PLAN.precision)
         _, dx = differentiated(s, dp, top[:, None], norm[:, None], delta[:, None], bits[:, None], b, h, i[:, None], n,
                                rows, keys, scope, CORE, PLAN)  # fmt: skip
+        if PLAN.reduce == "keys":
+            total += tl.sum(captured_scores(s, dx, b, h, i, n, rows, keys, scope, CORE, PLAN), 1)
+        if PLAN.reduce == "heads":
+            found = captured_scores(s, dx, b, h, i, n, rows, keys, scope, CORE, PLAN)
+            place = (tl.cast(head, tl.int64) * rows + i)[:, None] * keys + n
+            inside = (i[:, None] < rows) & (n < keys)
+            tl.store(target + place, found.to(target.dtype.element_ty), mask=inside)
         ds = pulled(s, dx, b, h, i[:, None], n, rows, keys, scope, CORE, PLAN)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PLAN.precision)
-    return dq
+    return dq, total
 
 
 @triton.jit
 def rows_gradient(
-    query, key, value, grad_out, grad_query, sums, strange, scope, seed,
+    query, key, value, grad_out, grad_query, target, sums, strange, scope, seed,
     q_at, k_at, v_at, g_at, dq_at, sizes, band, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``grad_query``, a tile of rows a program."""
-    _, _, rows, keys, _ = sizes
+    """Writes ``grad_query``, a tile of rows a program, and on the way ``target``, the gradient of a captured tensor.
+
+    ``PLAN.reduce`` "keys": ``target [b0, b1, h, m]``. "heads": ``target [b0, b1, h, m, n]``. "": there is none.
+    """
+    _, heads, rows, keys, _ = sizes
     tiles = tl.cdiv(rows, PLAN.rows)
-    work = tl.program_id(0)
-    tile, head = work % tiles, work // tiles
+    tile, head = assigned(tiles, heads, PLAN)
     if PLAN.right:
         tile = tiles - 1 - tile
     b, h, hk = decoded(head, sizes, PLAN)
@@ -254,6 +297,7 @@ def rows_gradient(
     )
     keys_of, values_of = placed(key, k_at, b, hk), placed(value, v_at, b, hk)
     dq = tl.full([PLAN.rows, PLAN.padded], 0.0, tl.float32)
+    total = tl.full([PLAN.rows], 0.0, tl.float32)
 
     start, core_start, core_stop, stop = (
         first * 0,
@@ -274,16 +318,24 @@ def rows_gradient(
         start, stop = tl.where(everything, 0, start), tl.where(everything, keys, stop)
     core_stop = tl.maximum(core_stop, core_start)
     if PLAN.left:
-        dq = walk_keys(dq, q, grad, keys_of, values_of, k_at, v_at, i, top, norm, delta, bits, b, h,
-                       start, core_start, rows, keys, scope, False, PLAN)  # fmt: skip
-    dq = walk_keys(dq, q, grad, keys_of, values_of, k_at, v_at, i, top, norm, delta, bits, b, h,
-                   core_start, core_stop, rows, keys, scope, True, PLAN)  # fmt: skip
+        dq, total = walk_keys(
+            dq, total, q, grad, keys_of, values_of, k_at, v_at, target, head, i,
+            top, norm, delta, bits, b, h, start, core_start, rows, keys, scope, False, PLAN,
+        )  # fmt: skip
+    dq, total = walk_keys(
+        dq, total, q, grad, keys_of, values_of, k_at, v_at, target, head, i,
+        top, norm, delta, bits, b, h, core_start, core_stop, rows, keys, scope, True, PLAN,
+    )  # fmt: skip
     if PLAN.right or not PLAN.even:
-        dq = walk_keys(dq, q, grad, keys_of, values_of, k_at, v_at, i, top, norm, delta, bits, b, h,
-                       core_stop, stop, rows, keys, scope, False, PLAN)  # fmt: skip
+        dq, total = walk_keys(
+            dq, total, q, grad, keys_of, values_of, k_at, v_at, target, head, i,
+            top, norm, delta, bits, b, h, core_stop, stop, rows, keys, scope, False, PLAN,
+        )  # fmt: skip
     store_tile(
         placed(grad_query, dq_at, b, h), dq_at, first, rows, dq * PLAN.factor, PLAN.rows, PLAN.width, PLAN.padded
     )
+    if PLAN.reduce == "keys":
+        tl.store(target + tl.cast(head, tl.int64) * rows + i, total.to(target.dtype.element_ty), mask=i < rows)
 
 
 # --- dK and dV --------------------------------------------------------------------------------------
@@ -294,18 +346,31 @@ def walk_rows(
     dk, dv, k, v, rows_of, grads_of, q_at, g_at, sums, seed, head, n, b, h, first, last, rows, keys,
     scope, CORE: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Adds rows ``first..last-1`` of a query head to the gradients of a tile of keys. Tiles are ``[keys, rows]``."""
+    """Adds rows ``first..last-1`` of a query head to the gradients of a tile of keys.
+
+    Tiles are ``[keys, rows]``, so that their products' operands stay in registers; where a captured tensor is read for
+    each score they lie as it does, ``[rows, keys]``.
+    """
     for m0 in tl.range(first, last, PLAN.rows, num_stages=PLAN.stages):
         i, top, norm, delta, bits = load_rows_of(sums, seed, head, m0, rows, b, h, PLAN)
         q = load_tile(rows_of, q_at, m0, rows, PLAN.rows, PLAN.width, PLAN.padded, not PLAN.even_rows)
         grad = load_tile(grads_of, g_at, m0, rows, PLAN.rows, PLAN.value_width, PLAN.value_padded, not PLAN.even_rows)
-        s = tl.dot(k, q.trans(), input_precision=PLAN.precision)
-        dp = tl.dot(v, grad.trans(), input_precision=PLAN.precision)
-        used, dx = differentiated(s, dp, top[None, :], norm[None, :], delta[None, :], bits[None, :], b, h, i[None, :],
-                                  n, rows, keys, scope, CORE, PLAN)  # fmt: skip
-        dv = tl.dot(used.to(grad.dtype), grad, dv, input_precision=PLAN.precision)
-        ds = pulled(s, dx, b, h, i[None, :], n, rows, keys, scope, CORE, PLAN)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PLAN.precision)
+        if PLAN.upright:
+            s = tl.dot(q, k.trans(), input_precision=PLAN.precision)
+            dp = tl.dot(grad, v.trans(), input_precision=PLAN.precision)
+            used, dx = differentiated(s, dp, top[:, None], norm[:, None], delta[:, None], bits[:, None], b, h,
+                                      i[:, None], n[None, :], rows, keys, scope, CORE, PLAN)  # fmt: skip
+            dv = tl.dot(used.to(grad.dtype).trans(), grad, dv, input_precision=PLAN.precision)
+            ds = pulled(s, dx, b, h, i[:, None], n[None, :], rows, keys, scope, CORE, PLAN)
+            dk = tl.dot(ds.to(q.dtype).trans(), q, dk, input_precision=PLAN.precision)
+        else:
+            s = tl.dot(k, q.trans(), input_precision=PLAN.precision)
+            dp = tl.dot(v, grad.trans(), input_precision=PLAN.precision)
+            used, dx = differentiated(s, dp, top[None, :], norm[None, :], delta[None, :], bits[None, :], b, h,
+                                      i[None, :], n[:, None], rows, keys, scope, CORE, PLAN)  # fmt: skip
+            dv = tl.dot(used.to(grad.dtype), grad, dv, input_precision=PLAN.precision)
+            ds = pulled(s, dx, b, h, i[None, :], n[:, None], rows, keys, scope, CORE, PLAN)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PLAN.precision)
     return dk, dv
 
 
@@ -317,13 +382,12 @@ def keys_gradient(
     """Writes ``grad_key`` and ``grad_value``, a tile of keys a program, all query heads that share it in turn."""
     b1_size, heads, rows, keys, _ = sizes
     tiles = tl.cdiv(keys, PLAN.keys)
-    work = tl.program_id(0)
-    tile, key_head = work % tiles, work // tiles
     in_batch = heads // PLAN.groups
+    tile, key_head = assigned(tiles, in_batch, PLAN)
     outer, hk = key_head // in_batch, key_head % in_batch
     b = ((outer // b1_size).to(tl.int64), (outer % b1_size).to(tl.int64))
     first = tile * PLAN.keys
-    n = (first + tl.arange(0, PLAN.keys))[:, None]
+    n = first + tl.arange(0, PLAN.keys)
     k = load_tile(placed(key, k_at, b, hk), k_at, first, keys, PLAN.keys, PLAN.width, PLAN.padded, not PLAN.even)
     v = load_tile(
         placed(value, v_at, b, hk), v_at, first, keys, PLAN.keys, PLAN.value_width, PLAN.value_padded, not PLAN.even
@@ -378,9 +442,7 @@ def captured_tile(
     dp = tl.dot(grad, v.trans(), input_precision=PLAN.precision)
     _, dx = differentiated(s, dp, top[:, None], norm[:, None], delta[:, None], bits[:, None], b, h, i[:, None], n,
                            rows, keys, scope, False, PLAN)  # fmt: skip
-    found = PLAN.captured(s, dx, b, h, row_index(i, rows, PLAN)[:, None], key_index(n, keys, PLAN),
-                          *scope)  # fmt: skip
-    return tl.where((i[:, None] < rows) & (n < keys), tl.broadcast_to(found, dx.shape), 0.0)
+    return captured_scores(s, dx, b, h, i, n, rows, keys, scope, False, PLAN)
 
 
 @triton.jit

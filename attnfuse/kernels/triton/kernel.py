@@ -15,7 +15,8 @@ from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel
 from attnfuse.kernels.schedule import Schedule
-from attnfuse.kernels.triton.gradients import Gradients, differentiable
+from attnfuse.kernels.triton.differentiating import differentiable
+from attnfuse.kernels.triton.gradients import Gradients
 from attnfuse.kernels.triton.launch import attend
 from attnfuse.kernels.triton.neighbours import neighbours
 from attnfuse.kernels.triton.planning import NAME

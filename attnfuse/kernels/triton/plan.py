@@ -155,7 +155,8 @@ class BackwardPlan(Plan):
     """A plan of a backward: the derivatives of the programs, and of one captured tensor.
 
     ``uncertain`` says that a row may keep nothing behind a finite fill; ``reduce`` over what the gradient of the
-    captured tensor is summed within a program: ``heads``, ``keys`` or ``rows``.
+    captured tensor is summed within a program: ``heads``, ``keys`` or ``rows``, or nothing where there is none.
+    ``upright`` tiles of dK and dV are ``[rows, keys]``, as a captured tensor that is read for each score lies.
     """
 
     masked_pulled_program: Expr
@@ -164,6 +165,7 @@ class BackwardPlan(Plan):
     even_rows: bool
     uncertain: bool
     reduce: str
+    upright: bool
 
     @cached_property
     def masked_pulled(self) -> Any:

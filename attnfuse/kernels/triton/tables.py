@@ -109,25 +109,49 @@ def _power(size: int) -> int:
 
 #: The backward: head size at most, then the schedules of dQ and of dK and dV; for two-byte elements.
 _BACKWARD = (
-    (64, Schedule(rows=128, keys=64, warps=8, stages=3), Schedule(rows=64, keys=128, warps=8, stages=3)),
     (128, Schedule(rows=128, keys=64, warps=8, stages=3), Schedule(rows=64, keys=128, warps=8, stages=3)),
     (256, Schedule(rows=64, keys=32, warps=4, stages=1), Schedule(rows=32, keys=64, warps=8, stages=1)),
     (512, Schedule(rows=32, keys=16, warps=4, stages=1), Schedule(rows=16, keys=32, warps=8, stages=1)),
 )
-#: Where a band skips tiles, small ones skip more; where scores read tensors of their own, those need room too.
-_BACKWARD_SMALL = (
-    (128, Schedule(rows=64, keys=64, warps=4, stages=3), Schedule(rows=32, keys=64, warps=4, stages=3)),
-    *_BACKWARD[2:],
+#: Tiles of dK and dV for heads of 128 at most, where a band skips tiles or scores read tensors of their own: small ones
+#: skip more, and leave registers.
+_SMALL_KEYS = Schedule(rows=32, keys=64, warps=4, stages=3)
+#: Bytes of shared memory of a program, by the beginning of ``str(target)``; the first that fits.
+_SHARED = (
+    ("cuda:sm9", 227 << 10),
+    ("cuda:sm10", 227 << 10),
+    ("cuda:sm80", 163 << 10),
+    ("cuda", 99 << 10),
+    ("rocm:gfx95", 160 << 10),
+    ("rocm", 64 << 10),
+    ("xpu", 128 << 10),
 )
 
 
-def backward_schedules(shape: Shape, *, crowded: bool) -> tuple[Schedule, Schedule]:
-    """The schedules of dQ and of dK and dV; ``crowded`` says that scores read tensors of their own."""
-    table = _BACKWARD_SMALL if crowded else _BACKWARD
-    rows, keys = next((rows, keys) for most, rows, keys in table if shape.widest <= most)
-    if shape.banded and not crowded:
-        keys = next(keys for most, _, keys in _BACKWARD_SMALL if shape.widest <= most)
+def backward_schedules(target: Target, shape: Shape, crowd: int) -> tuple[Schedule, Schedule]:
+    """The schedules of dQ and of dK and dV; ``crowd`` are bytes of captured tensors that each score reads."""
+    rows, keys = next((rows, keys) for most, rows, keys in _BACKWARD if shape.widest <= most)
+    if (shape.banded or crowd) and shape.widest <= 128:
+        keys = _SMALL_KEYS
     if shape.itemsize > 2:
         size = 32 if shape.widest <= 128 else 16
         rows, keys = (replace(each, rows=size, keys=size, warps=4, stages=1) for each in (rows, keys))
-    return rows, keys
+    room = next((size for name, size in _SHARED if str(target).startswith(name)), _SHARED[0][1])
+    return _fitting(rows, shape, crowd, room, turned=False), _fitting(keys, shape, crowd, room, turned=True)
+
+
+def _fitting(found: Schedule, shape: Shape, crowd: int, room: int, *, turned: bool) -> Schedule:
+    """The schedule with as many stages as there is shared memory for, and smaller tiles where one is too many.
+
+    What stays are a program's own rows, or keys where it is ``turned``; with a crowd it keeps its weights there too. A
+    stage holds the other's tiles, and what its scores read.
+    """
+    while True:
+        stay, pass_by = (found.keys, found.rows) if turned else (found.rows, found.keys)
+        scores, width = found.rows * found.keys, (shape.padded + shape.value_padded) * shape.itemsize
+        fixed = stay * width + (2 * scores * shape.itemsize if turned and crowd else 0)
+        stage = pass_by * width + scores * crowd
+        if fixed + stage <= room or found.rows * found.keys <= 16 * 16:
+            return replace(found, stages=max(1, min(found.stages, (room - fixed) // stage)))
+        larger = "rows" if found.rows >= found.keys else "keys"
+        found = replace(found, **{larger: getattr(found, larger) // 2})
