@@ -4,7 +4,9 @@
 python scripts/bench.py --device cpu             every variant, length and dtype
 python scripts/bench.py --only llama,bias -n 2048
 python scripts/bench.py --quick                  seconds, not minutes: does it run at all
-python scripts/bench.py --device cuda            every variant on a GPU, forward and backward
+python scripts/bench.py --device cuda            every variant on a GPU, forward and backward, N = 4096, D = 128
+python scripts/bench.py --device cuda -n 512,16384 --widths 64,256 --steps forward --only llama --json f --plot f
+python scripts/bench.py --device cuda --models    whole models there, beside the same rewritten by hand
 python scripts/bench.py --cost                   fuse_graph against nodes, and against Inductor
 python scripts/bench.py --layouts --device cuda  what layouts cost there; kept for the cost model
 python scripts/bench.py --hopper --json out.json the Gluon kernel against cuDNN and FlexAttention, on a Hopper GPU
@@ -24,11 +26,14 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmark import cost as rewriting
-from benchmark import gpu
+from benchmark import gpu_table, models
 from benchmark import hopper as kernels
+from benchmark.ahead import Prepare, compile_ahead
 from benchmark.cases import DTYPES, QUICK_LENGTH, VARIANTS, Case, cases
+from benchmark.gpu import GpuRow, gpu_cases, measure_gpu, to_compile
 from benchmark.layouts import LAYOUT_DEVICES, as_rows, measure_layouts, write
-from benchmark.measure import Effort, measure
+from benchmark.measure import Effort, Row, measure
+from benchmark.models import ModelRow
 from benchmark.table import as_json, as_table
 from benchmark.targets import Target, growth, speed
 
@@ -37,12 +42,15 @@ T = TypeVar("T")
 QUICK = Effort(seconds=0.5, fewest=2, most=3, block=0.002)
 LAYERS = (8, 16, 32, 64, 128)
 QUICK_LAYERS = (1, 2, 4)
+STEPS = ("forward", "training")
 
 #: Wide enough for every column where the output is no terminal.
 err, out = Console(stderr=True), Console(width=None if Console().is_terminal else 190)
 
 Names = Annotated[str, typer.Option(help=f"of {', '.join(variant.name for variant in VARIANTS)}; all when left out")]
 Lengths = Annotated[str, typer.Option("--lengths", "-n", help="numbers of keys; each variant's own when left out")]
+Widths = Annotated[str, typer.Option(help="head sizes on a GPU; 128 when left out")]
+Steps = Annotated[str, typer.Option(help=f"of {', '.join(STEPS)}, on a GPU; both when left out")]
 Dtypes = Annotated[str, typer.Option(help=f"of {', '.join(DTYPES)}; both when left out")]
 
 
@@ -51,10 +59,13 @@ def bench(
     only: Names = "",
     lengths: Lengths = "",
     dtypes: Dtypes = "",
+    widths: Widths = "",
+    steps: Steps = "",
     cost: Annotated[bool, typer.Option("--cost", help="measure the rewriting instead")] = False,
     layouts: Annotated[bool, typer.Option("--layouts", help="measure what layouts cost, for the cost model")] = False,
+    whole: Annotated[bool, typer.Option("--models", help="measure whole models on a GPU")] = False,
     hopper: Annotated[bool, typer.Option("--hopper", help="measure the Gluon kernel on a Hopper GPU instead")] = False,
-    plot: Annotated[Path | None, typer.Option(help="draw --hopper's ratios to this PNG; needs matplotlib")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw a GPU's ratios to this PNG; needs matplotlib")] = None,
     inductor_layers: Annotated[int, typer.Option(help="the deepest Llama that --cost has Inductor compile")] = 32,
     quick: Annotated[bool, typer.Option("--quick", help="tiny and rough: a smoke test")] = False,
     check: Annotated[bool, typer.Option("--check", help="exit with 1 when a target is missed")] = False,
@@ -69,7 +80,7 @@ def bench(
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{device!r} cannot be measured; cpu and cuda can", param_hint="--device")
     if device == "cuda":
-        content, targets = _bench_gpu(only, tuple(map(_length, _words(lengths))))
+        content, targets = _bench_models(only, steps) if whole else _bench_gpu(only, lengths, widths, steps, plot)
     elif cost:
         content, targets = _bench_cost(QUICK_LAYERS if quick else LAYERS, inductor_layers)
     else:
@@ -120,22 +131,45 @@ def _length(word: str) -> int:
 def _bench_rows(todo: Sequence[Case], effort: Effort) -> tuple[dict[str, Sequence[Any]], list[Target]]:
     rows = [_in_fresh_process(measure, case, effort) for case in track(todo, "measuring", console=err)]
     out.print(as_table(rows))
-    for row in rows:
-        for peer, reason in row.absent.items():
-            err.print(f"{row.case}: no figure for {peer}: {reason}", highlight=False)
+    _print_absent(rows)
     return {"rows": rows}, [*speed(rows), *growth(rows)]
 
 
-def _bench_gpu(only: str, lengths: tuple[int, ...]) -> tuple[dict[str, Sequence[Any]], list[Target]]:
+def _bench_gpu(
+    only: str, lengths: str, widths: str, steps: str, plot: Path | None
+) -> tuple[dict[str, Sequence[Any]], list[Target]]:
+    names = _known("variant", only, [variant.name for variant in VARIANTS])
+    lengths_of, widths_of = (tuple(map(_length, _words(listed))) for listed in (lengths, widths))
+    todo = gpu_cases(names, lengths_of, widths_of, _known("step", steps, STEPS))
+    _compile_ahead(to_compile(todo))
+    rows = [measure_gpu(case) for case in track(todo, "measuring", console=err)]
+    out.print(gpu_table.as_table(rows))
+    _print_absent(rows)
+    if plot is not None:
+        gpu_table.plot(rows, plot)
+    return {"rows": rows}, gpu_table.targets(rows)
+
+
+def _bench_models(only: str, steps: str) -> tuple[dict[str, Sequence[Any]], list[Target]]:
+    todo = models.model_cases(_known("model", only, models.MODELS), _known("step", steps, STEPS))
+    _compile_ahead(models.to_compile(todo))
+    rows = [models.measure_model(case) for case in track(todo, "measuring", console=err)]
+    out.print(models.as_table(rows))
+    _print_absent(rows)
+    return {"models": rows}, models.targets(rows)
+
+
+def _compile_ahead(tasks: dict[str, Prepare]) -> None:
     if not torch.cuda.is_available():
         raise typer.BadParameter("there is no GPU that torch can use", param_hint="--device")
-    names = _known("variant", only, [variant.name for variant in VARIANTS])
-    rows = [gpu.measure_gpu(case) for case in track(gpu.gpu_cases(names, lengths), "measuring", console=err)]
-    out.print(gpu.as_table(rows))
+    for failure in compile_ahead(tasks):
+        err.print(f"compiling ahead failed: {failure}", highlight=False)
+
+
+def _print_absent(rows: Sequence[Row | GpuRow | ModelRow]) -> None:
     for row in rows:
         for peer, reason in row.absent.items():
             err.print(f"{row.case}: no figure for {peer}: {reason}", highlight=False)
-    return {"rows": rows}, gpu.targets(rows)
 
 
 def _bench_cost(layers: Sequence[int], inductor_layers: int) -> tuple[dict[str, Sequence[Any]], list[Target]]:

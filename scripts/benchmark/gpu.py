@@ -1,64 +1,93 @@
 """Measures the same variants on a GPU, at the size of a model in use: every peer of one variant side by side.
 
-Bfloat16, batch 2, 32 heads; forward alone, and forward with backward. Times are medians of device events, peers
-in turn within a round, so that a device that slows down slows all. Errors are the forward's against float64.
+Bfloat16, 32 heads, 8192 tokens of all batches together; forward alone, and forward with backward. Times are medians of
+device events, peers in turn within a round, so that a device that slows down slows all. What is faster than Python
+calls it, decoding, is replayed from a CUDA graph, ours and the peers' alike.
+
+Errors are against float64 of one key head of the first batch, ``norm(found - true) / norm(true)``: of the output, in
+training of the worst of the gradients of query, key and value.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 import attnfuse
+from benchmark.ahead import Prepare
 from benchmark.byhand import Tensors
 from benchmark.cases import VARIANTS, Case, Variant
-from benchmark.peers import OURS, PEERS
-from benchmark.targets import Target
+from benchmark.peers import PEERS
 
-__all__ = ["GpuCase", "GpuRow", "as_table", "gpu_cases", "measure_gpu", "targets"]
+__all__ = ["GpuCase", "GpuRow", "gpu_cases", "interleaved", "measure_gpu", "to_compile"]
 
-BATCH, HEADS, WIDTH, LENGTH = 2, 32, 128, 4096
-#: Decoding's numbers of keys, one query row each.
-DECODED = (4096, 32768)
-ROUNDS, SECONDS = 15, 0.02
+HEADS, WIDTH, LENGTH, TOKENS = 32, 128, 4096, 8192
+#: Decoding's numbers of keys, one query row each, and its batch.
+DECODED, DECODED_BATCH = (4096, 32768), 16
+ROUNDS, SECONDS = 11, 0.02
+
+_NOT_COMPILED = ("eager", "SDPA by hand")
+
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class GpuCase(Case):
-    """A variant at a length, of ``BATCH`` x ``HEADS`` heads of ``WIDTH``; ``training`` measures the backward too."""
+    """A variant at a length, of heads of ``width``; ``training`` measures the backward too."""
 
     training: bool = False
+    width: int = WIDTH
 
     def __str__(self) -> str:
-        return f"{super().__str__()}{' training' if self.training else ''}"
+        return f"{self.name} N={self.length} D={self.width}{' training' if self.training else ''}"
+
+    @property
+    def batch(self) -> int:
+        """As many as make up the tokens."""
+        return DECODED_BATCH if self.variant.rows else max(1, TOKENS // self.length)
+
+    @property
+    def kv_heads(self) -> int:
+        """Of the model's size, in the variant's proportion."""
+        return HEADS * self.variant.kv_heads // self.variant.heads
+
+    @property
+    def read_bytes(self) -> int:
+        """Of key and value, which decoding has to read."""
+        return 2 * self.batch * self.kv_heads * self.length * self.width * 2
 
     def inputs(self) -> Tensors:
-        """Random tensors on the GPU by the names of the program's parameters, asking for gradients in training."""
+        """Random tensors on the GPU by the names of the program's parameters.
+
+        Query, key and value lie as a projection leaves them. In training all but ALiBi's slopes, which are fixed, ask
+        for gradients.
+        """
         torch.manual_seed(0)
         variant = self.variant
-        kv_heads = HEADS * variant.kv_heads // variant.heads
         rows = variant.rows or self.length
         shapes = {
-            "query": (BATCH, HEADS, rows, WIDTH),
-            "key": (BATCH, kv_heads, self.length, WIDTH),
-            "value": (BATCH, kv_heads, self.length, WIDTH),
+            "query": (self.batch, rows, HEADS, self.width),
+            "key": (self.batch, self.length, self.kv_heads, self.width),
+            "value": (self.batch, self.length, self.kv_heads, self.width),
             **{name: (HEADS, *(self.length for _ in axes)) for name, axes in variant.extra.items()},
         }
-        made = {name: torch.randn(shape, device="cuda") for name, shape in shapes.items()}
+        made = {name: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for name, shape in shapes.items()}
+        made |= {name: made[name].transpose(1, 2) for name in ("query", "key", "value")}
         if "slopes" in made:
-            made["slopes"] = 2.0 ** -(torch.arange(1.0, HEADS + 1, device="cuda") / 4)
-        return {name: x.to(torch.bfloat16).requires_grad_(self.training) for name, x in made.items()}
+            made["slopes"] = 2.0 ** -(torch.arange(1.0, HEADS + 1, device="cuda") / 4).to(torch.bfloat16)
+        return {name: x.requires_grad_(self.training and name != "slopes") for name, x in made.items()}
 
 
 @dataclass(frozen=True)
 class GpuRow:
-    """Milliseconds of each peer, why others have none, our largest error and the source's, and our kernel."""
+    """Milliseconds and errors of each peer, why others have none, and our kernel."""
 
     case: GpuCase
     milliseconds: dict[str, float]
@@ -67,51 +96,92 @@ class GpuRow:
     absent: dict[str, str] = field(default_factory=dict)
 
 
-def gpu_cases(names: tuple[str, ...], lengths: tuple[int, ...]) -> list[GpuCase]:
-    """The rows that are asked for; an empty tuple asks for all there are."""
+def gpu_cases(
+    names: tuple[str, ...], lengths: tuple[int, ...], widths: tuple[int, ...] = (), steps: tuple[str, ...] = ()
+) -> list[GpuCase]:
+    """The rows that are asked for; where a tuple is empty, a model's usual ones."""
     chosen = [variant for variant in VARIANTS if not names or variant.name in names]
     return [
-        GpuCase(variant.name, length, "bf16", training)
+        GpuCase(variant.name, length, "bf16", training, width)
         for variant in chosen
+        for width in widths or (WIDTH,)
         for length in lengths or (DECODED if variant.rows else (LENGTH,))
-        for training in ((False,) if variant.rows else (False, True))
+        for training, step in ((False, "forward"), (True, "training"))
+        if (not steps or step in steps) and not (training and variant.rows)
     ]
 
 
 def measure_gpu(case: GpuCase) -> GpuRow:
     """The row of ``case``."""
     given = case.inputs()
-    calls: dict[str, Callable[[], object]] = {}
-    outs, absent = {}, {}
-    for name, prepare in PEERS.items():
+    truth = _truth(case, given)
+    calls: dict[str, Call] = {}
+    errors, absent = {}, {}
+    for name in PEERS:
         try:
             torch.compiler.reset()
-            call = prepare(case, given)
-            if call is None:
+            step = _step(name, case, given)
+            if step is None:
                 absent[name] = "cannot express it"
                 continue
-            with torch.set_grad_enabled(case.training):
-                outs[name] = call().detach()
-            calls[name] = _step(call, given) if case.training else torch.no_grad()(call)
-            calls[name]()
+            errors[name] = _error(case, step(), truth)
+            step()
+            calls[name] = _graphed(step) if case.variant.rows else step
         except Exception as error:  # noqa: BLE001 - a peer's failure is a result, and is printed as one
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    errors = {} if case.training else _errors(case, given, outs)
-    return GpuRow(case, _interleaved(calls), _kernel(case.variant, given), errors, absent)
+            absent[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            gc.collect()
+            torch.cuda.empty_cache()
+    return GpuRow(case, interleaved(calls), _kernel(case.variant, given), errors, absent)
 
 
-def _step(call: Callable[[], Tensor], given: Tensors) -> Callable[[], object]:
-    grad = torch.randn_like(call().detach())
-    return lambda: torch.autograd.grad(call(), list(given.values()), grad)
+def to_compile(cases: Sequence[GpuCase]) -> dict[str, Prepare]:
+    """What :func:`benchmark.ahead.compile_ahead` is to compile of these rows, what takes longest first."""
+    tasks = ((case, peer) for case in cases for peer in PEERS if peer not in _NOT_COMPILED)
+    ordered = sorted(tasks, key=lambda task: not task[0].training)
+    return {f"{case}: {peer}": partial(_prepared, peer, case) for case, peer in ordered}
 
 
-def _interleaved(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+def _prepared(peer: str, case: GpuCase) -> Call | None:
+    return _step(peer, case, case.inputs())
+
+
+def _step(peer: str, case: GpuCase, given: Tensors) -> Callable[[], tuple[Tensor, ...]] | None:
+    """What is timed of a peer: its output, in training its gradients; None where it cannot express the case."""
+    call = PEERS[peer](case, given)
+    if call is None:
+        return None
+    if not case.training:
+        return torch.no_grad()(lambda: (call(),))
+    grad = _gradient(case)
+    leaves = [x for x in given.values() if x.requires_grad]
+    return lambda: torch.autograd.grad(call(), leaves, grad)
+
+
+def _gradient(case: GpuCase) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (case.batch, case.variant.rows or case.length, HEADS, case.width)
+    return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+
+
+def _graphed(step: Call) -> Call:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def interleaved(calls: dict[str, Call]) -> dict[str, float]:
+    """Milliseconds of each call: medians of rounds in which each has its turn."""
     repeats = {name: max(1, math.ceil(SECONDS / _seconds(call, 3))) for name, call in calls.items()}
     rounds = [{name: _seconds(call, repeats[name]) for name, call in calls.items()} for _ in range(ROUNDS)]
     return {name: statistics.median(each[name] for each in rounds) * 1e3 for name in calls}
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
+def _seconds(call: Call, repeats: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeats):
@@ -121,49 +191,32 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
     return float(start.elapsed_time(end)) / 1e3 / repeats
 
 
-def _errors(case: GpuCase, given: Tensors, outs: dict[str, Tensor]) -> dict[str, float]:
-    wide = {name: tensor.detach().double() for name, tensor in given.items()}
-    share = HEADS * case.variant.kv_heads // case.variant.heads
-    axis = {name: 1 if name in ("query", "key", "value") else 0 for name in wide}
-    parts = ({name: tensor.chunk(share, axis[name])[part] for name, tensor in wide.items()} for part in range(share))
-    exact = torch.cat([case.variant.program(**part) for part in parts], dim=1)
-    return {name: (out.double() - exact).abs().max().item() for name, out in outs.items()}
+# --- errors -----------------------------------------------------------------------------------------
+
+
+def _first(case: GpuCase, name: str, tensor: Tensor) -> Tensor:
+    """The part of an operand that the first key head of the first batch reads."""
+    group = HEADS // case.kv_heads
+    if name in ("key", "value"):
+        return tensor[:1, :1]
+    return tensor[:1, :group] if name in ("query", "out") else tensor[:group]
+
+
+def _truth(case: GpuCase, given: Tensors) -> tuple[Tensor, ...]:
+    """In float64: the output, in training the gradients of query, key and value."""
+    wide = {name: _first(case, name, x).detach().double() for name, x in given.items()}
+    if not case.training:
+        return (case.variant.program(**wide),)
+    leaves = [wide[name].requires_grad_() for name in ("query", "key", "value")]
+    return torch.autograd.grad(case.variant.program(**wide), leaves, _first(case, "out", _gradient(case)).double())
+
+
+def _error(case: GpuCase, found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
+    names = ("query", "key", "value") if case.training else ("out",)
+    pairs = [(_first(case, name, x).detach(), true) for name, x, true in zip(names, found, truth, strict=False)]
+    return max(float((x.double() - true).norm() / true.norm()) for x, true in pairs)
 
 
 def _kernel(variant: Variant, given: Tensors) -> str:
-    report = attnfuse.explain(variant.program, **given)
+    report = attnfuse.explain(variant.program, **given, options={"certify": "off"})
     return ", ".join([site.kernel for site in report.fused] + ["unfused"] * len(report.refused)) or "no site"
-
-
-def as_table(rows: list[GpuRow]) -> Table:
-    """One line a row, one column a peer; the last but one is our time over the best peer's."""
-    table = Table(
-        title=f"milliseconds on {torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, batch {BATCH}"
-    )
-    for heading in ("variant", "N", "step", *PEERS, "/ best", "kernel", "error", "source's"):
-        table.add_column(heading, no_wrap=True, style="bold" if heading == OURS else None)
-    for row in rows:
-        times = [f"{row.milliseconds[peer]:.3f}" if peer in row.milliseconds else "-" for peer in PEERS]
-        errors = [f"{row.errors[peer]:.1e}" if peer in row.errors else "-" for peer in (OURS, "eager")]
-        step = "fwd+bwd" if row.case.training else "fwd"
-        table.add_row(row.case.name, str(row.case.length), step, *times, f"{_ratio(row):.2f}", row.kernel, *errors)
-    return table
-
-
-def _ratio(row: GpuRow) -> float:
-    """Our time over the fastest peer's."""
-    others = [ms for name, ms in row.milliseconds.items() if name != OURS]
-    return row.milliseconds[OURS] / min(others) if others and OURS in row.milliseconds else math.nan
-
-
-def targets(rows: list[GpuRow]) -> list[Target]:
-    """What the rows must show: no peer faster, Inductor left behind wherever there is a mask, sinks nearly free."""
-    worst = max(rows, key=lambda row: math.inf if math.isnan(_ratio(row)) else _ratio(row))
-    found = [Target("time / best peer, worst row", _ratio(worst), 1.0, where=str(worst.case))]
-    forward = {row.case.name: row.milliseconds for row in rows if not (row.case.training or row.case.variant.rows)}
-    for name, ms in forward.items():
-        if name != "plain" and {OURS, "inductor"} <= set(ms):
-            found.append(Target("speed-up over Inductor", ms["inductor"] / ms[OURS], 4.0, at_least=True, where=name))
-    if OURS in forward.get("sinks", {}) and OURS in forward.get("llama", {}):
-        found.append(Target("sinks / causal", forward["sinks"][OURS] / forward["llama"][OURS], 1.15))
-    return found

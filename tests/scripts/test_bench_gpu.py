@@ -21,8 +21,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return gpu
 
 
-def row(gpu: Any, name: str, *, training: bool = False, **milliseconds: float) -> Any:
-    return gpu.GpuRow(gpu.GpuCase(name, 4096, "bf16", training), milliseconds, "triton")
+@pytest.fixture
+def table(gpu: Any) -> Any:
+    from benchmark import gpu_table
+
+    return gpu_table
+
+
+def row(gpu: Any, name: str, *, training: bool = False, length: int = 4096, **milliseconds: float) -> Any:
+    figures = {peer.replace("_", " "): ms for peer, ms in milliseconds.items()}
+    return gpu.GpuRow(gpu.GpuCase(name, length, "bf16", training), figures, "triton", dict.fromkeys(figures, 1e-3))
 
 
 def test_every_variant_is_measured_forward_and_backward_but_decoding(gpu: Any) -> None:
@@ -31,18 +39,39 @@ def test_every_variant_is_measured_forward_and_backward_but_decoding(gpu: Any) -
     assert [case.length for case in found if case.name == "decode"] == list(gpu.DECODED)
 
 
-def test_verdicts(gpu: Any) -> None:
+def test_rows_are_chosen_by_name_length_width_and_step(gpu: Any) -> None:
+    found = gpu.gpu_cases(("llama", "decode"), (512, 16384), (64, 256), ("forward",))
+    assert len(found) == 8
+    assert not any(case.training for case in found)
+    assert {case.batch for case in found if case.name == "llama"} == {16, 1}
+
+
+def test_verdicts(gpu: Any, table: Any) -> None:
     rows = [
         row(gpu, "llama", inductor=4.0, attnfuse=0.5, eager=13.0),
         row(gpu, "sinks", inductor=6.0, attnfuse=0.6),
-        row(gpu, "softcap", inductor=3.0, attnfuse=1.0),
+        row(gpu, "softcap", inductor=3.0, attnfuse=1.0, flex_by_hand=1.25),
+        row(gpu, "softcap", training=True, attnfuse=1.0, flex_by_hand=1.25),
         row(gpu, "bias", training=True, inductor=8.0, attnfuse=10.0),
+        row(gpu, "decode", length=32768, attnfuse=0.6, eager=5.0),
     ]
-    verdicts = {(target.claim, target.where): (target.value, target.met) for target in gpu.targets(rows)}
-    assert verdicts["time / best peer, worst row", "bias N=4096 bf16 training"] == (1.25, False)
-    assert verdicts["speed-up over Inductor", "llama"] == (8.0, True)
-    assert verdicts["speed-up over Inductor", "softcap"] == (3.0, False)
-    assert verdicts["sinks / causal", ""] == (1.2, False)
+    verdicts = {(target.claim, target.where): (target.value, target.met) for target in table.targets(rows)}
+    assert verdicts["time / best peer, worst row", "bias N=4096 D=128 training"] == (1.25, False)
+    assert verdicts["speed-up over inductor", "llama N=4096 D=128"] == (8.0, True)
+    assert verdicts["speed-up over inductor", "softcap N=4096 D=128"] == (3.0, False)
+    assert verdicts["speed-up over flex by hand", "softcap N=4096 D=128"] == (1.25, True)
+    assert verdicts["speed-up over flex by hand", "softcap N=4096 D=128 training"] == (1.25, False)
+    assert verdicts["sinks / causal", "N=4096 D=128"] == (1.2, False)
+    # 2 x 16 x 8 x 32768 x 128 elements of two bytes, at 4.3 TB/s
+    assert verdicts["time / reading the keys and values", "decode N=32768 D=128"] == (pytest.approx(1.2014, 1e-3), True)
+
+
+def test_a_part_that_only_some_heads_read_is_what_is_compared(gpu: Any) -> None:
+    case = gpu.GpuCase("llama", 512, "bf16")
+    query, key = torch.zeros(16, 32, 512, 128), torch.zeros(16, 8, 512, 128)
+    assert gpu._first(case, "query", query).shape == (1, 4, 512, 128)
+    assert gpu._first(case, "key", key).shape == (1, 1, 512, 128)
+    assert gpu._first(case, "slopes", torch.zeros(32)).shape == (4,)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
