@@ -48,12 +48,11 @@ def test_masked_attention_is_fused(name: str) -> None:
     assert found.seconds[UNFUSED] > 2 * found.seconds[found.kernel]
 
 
-def test_a_bias_with_its_gradient_is_left_to_inductor() -> None:
-    """Measured: 10.8 ms against 8.9 for a step; what would be slower is not done."""
+def test_a_bias_with_its_gradient_is_fused() -> None:
+    """Measured: about 7.5 ms against Inductor's 8.9 for a step."""
     trained = problem("bias", training=True)
-    unfused = cost.unfused(trained, HOPPER)
-    assert cost.triton(trained, HOPPER) > unfused
-    assert cost.triton(problem("softcap, causal", training=True), HOPPER) < unfused
+    assert cost.triton(trained, HOPPER) < cost.unfused(trained, HOPPER)
+    assert cost.triton(trained, HOPPER) > 2 * cost.triton(problem("softcap, causal", training=True), HOPPER)
 
 
 def test_a_band_costs_what_it_reaches() -> None:

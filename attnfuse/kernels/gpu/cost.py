@@ -44,9 +44,9 @@ _BY_KIND = {"cuda": "cuda:sm90", "rocm": "rocm:gfx942", "xpu": "xpu:pvc"}
 _CUDNN = ((64, 0.45), (128, 0.61), (512, 0.66))
 _TRITON = ((64, 0.42), (128, 0.46), (256, 0.50), (512, 0.12))
 #: Backward: operations are 2.5 times the forward's, at this share of the forward's rate.
-_CUDNN_BACKWARD, _TRITON_BACKWARD = 0.87, 0.70
+_CUDNN_BACKWARD, _TRITON_BACKWARD = 0.87, 0.80
 #: In forwards, the gradient of a captured tensor that varies along rows and keys.
-_CAPTURED_BACKWARD = 1.9
+_CAPTURED_BACKWARD = 0.6
 #: The share of the peak that batched products reach.
 _PRODUCTS = 0.65
 #: Seconds of a launch, of our operator written in Python, of a graph's launches.

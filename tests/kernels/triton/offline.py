@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
+from attnfuse.kernels.kernel import Residual
 from attnfuse.kernels.schedule import Schedule
+from attnfuse.kernels.triton import gradients
 from attnfuse.kernels.triton.launch import prepare
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
@@ -98,6 +102,49 @@ class Sizes:
     value_width: int = 128
 
 
+def operands(
+    spec: AttentionSpec, sizes: Sizes, dtype: torch.dtype
+) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
+    """Query, key, value and out, and captures; what is in them does not matter."""
+
+    def made(heads: int, length: int, width: int) -> torch.Tensor:
+        return torch.empty(sizes.batch, heads, length, width, dtype=dtype)
+
+    query, out = (made(sizes.heads, sizes.rows, width) for width in (sizes.width, sizes.value_width))
+    key, value = (made(sizes.kv_heads, sizes.keys, width) for width in (sizes.width, sizes.value_width))
+    extent = dict(zip(spec.axes, (*query.shape[:-1], sizes.keys), strict=True))
+    captures = [
+        torch.empty([extent[axis] if axis in each.axes else 1 for axis in spec.axes], dtype=getattr(torch, each.dtype))
+        for each in spec.captures
+    ]
+    if spec.dropout:
+        captures.append(torch.zeros(1, dtype=torch.int64))
+    return (query, key, value, out), captures
+
+
+def compiled_backward(
+    monkeypatch: pytest.MonkeyPatch, target: str, spec: AttentionSpec, sizes: Sizes
+) -> dict[str, Compiled]:
+    """Every kernel of a backward for a target, by its function's name."""
+    found: dict[str, Compiled] = {}
+
+    def launcher(function: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile_it(*arguments: Any, **options: Any) -> None:
+            made = function.warmup(*arguments, grid=grid, **options)
+            found[function.__name__] = Compiled(made.asm, made.metadata.shared)
+
+        return compile_it
+
+    monkeypatch.setattr(JITFunction, "__getitem__", launcher)
+    monkeypatch.setattr(gradients, "_target", lambda device: Target.parse(target))
+    (query, key, value, out), captures = operands(spec, sizes, torch.bfloat16)
+    needs = [x.is_floating_point() for x in (query, key, value, *captures)]
+    residual = Residual(out, torch.empty(query.shape[:-1]))
+    with absent(target):
+        gradients.Gradients(spec, out, query, key, value, captures, [], needs, residual).run()
+    return found
+
+
 def compiled(
     target: str,
     spec: AttentionSpec,
@@ -110,19 +157,7 @@ def compiled(
     """The forward of ``spec`` for a target."""
     from attnfuse.kernels.triton.forward import forward
 
-    def made(heads: int, length: int, width: int) -> torch.Tensor:
-        return torch.empty(sizes.batch, heads, length, width, dtype=dtype)
-
-    query = made(sizes.heads, sizes.rows, sizes.width)
-    key, value = made(sizes.kv_heads, sizes.keys, sizes.width), made(sizes.kv_heads, sizes.keys, sizes.value_width)
-    extent = dict(zip(spec.axes, (*query.shape[:-1], sizes.keys), strict=True))
-    captures = [
-        torch.empty([extent[axis] if axis in each.axes else 1 for axis in spec.axes], dtype=getattr(torch, each.dtype))
-        for each in spec.captures
-    ]
-    if spec.dropout:
-        captures.append(torch.zeros(1, dtype=torch.int64))
-    out = made(sizes.heads, sizes.rows, sizes.value_width)
+    (query, key, value, out), captures = operands(spec, sizes, dtype)
     lse = torch.empty(query.shape[:-1] if with_lse else (0,), dtype=torch.float32)
     launch = prepare(spec, query, key, value, captures, (), out, lse, schedule, Target.parse(target))
     with absent(target):
