@@ -43,7 +43,7 @@ class Form:
 
     def expr(self) -> Expr:
         """The program, in the spelling that simplify brings every program to."""
-        out: Expr = S if self.scale == Const(1.0) else apply("mul", self.scale, S)
+        out = _scaled(self.scale)
         if self.softcap is not None:
             cap = Const(self.softcap)
             out = apply("mul", cap, apply("tanh", apply("div", out, cap)))
@@ -57,6 +57,16 @@ class Form:
                 return apply("add", out, apply("where", mask, Const(0.0), Const(self.fill)))
             return apply("where", mask, out, Const(self.fill))
         return out
+
+
+def _scaled(scale: Expr) -> Expr:
+    """A score times a scale, whose number stands first."""
+    if scale == ONE:
+        return S
+    match scale:
+        case Apply("mul", (Const() as number, captured)):
+            return apply("mul", number, apply("mul", captured, S))
+    return apply("mul", scale, S)
 
 
 @lru_cache(maxsize=1024)
@@ -77,6 +87,8 @@ def form_of(score: Expr) -> Form | None:
     match score:
         case Score():
             return Form(ONE, softcap, bias, keep, fill, added)
+        case Apply("mul", (Const() as number, Apply("mul", (scale, Score())))) if not _reads_score(scale):
+            return Form(apply("mul", number, scale), softcap, bias, keep, fill, added)
         case Apply("mul", (scale, Score())) if not _reads_score(scale):
             return Form(scale, softcap, bias, keep, fill, added)
     return None

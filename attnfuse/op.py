@@ -14,7 +14,7 @@
   an output projection reads, without a copy. So do the gradients of query, key and value; the gradients
   of captures are contiguous. ``lse`` is float32 ``[*B, H, M]``, contiguous, of shape ``[0]`` when it is not asked
   for, and zero without a softmax.
-- *Autocast* casts query, key and value to the autocast type and leaves the captures alone: a mask of
+- *Autocast* casts query, key and value to the autocast type, but for float8, and leaves the captures alone: a mask of
   float32's finfo.min would become -inf.
 """
 
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from attnfuse.kernels import lookup
 from attnfuse.kernels.kernel import Kernel, Residual
+from attnfuse.reference import out_dtype
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["attention"]
@@ -79,7 +80,7 @@ def _attention_fake(
     kernel: str,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    out = _empty_token_major(query, (*query.shape[:-1], value.shape[-1]), value.dtype)
+    out = _empty_token_major(query, (*query.shape[:-1], value.shape[-1]), out_dtype(_spec(spec), value.dtype))
     return out, query.new_empty(query.shape[:-1] if return_lse else 0, dtype=torch.float32)
 
 
@@ -189,7 +190,8 @@ def _autocast(device: str) -> Any:
 
     def cast(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
-        operands = [x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value)]
+        # float64 is left alone, and so are numbers that are narrower already
+        operands = [x if x.dtype == torch.float64 or x.itemsize == 1 else x.to(dtype) for x in (query, key, value)]
         with torch._C._ExcludeDispatchKeyGuard(keyset):
             return torch.ops.attnfuse.attention(*operands, *rest, **options)
 

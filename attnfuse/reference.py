@@ -6,6 +6,7 @@ query is float64 and float32 otherwise, so for half types it is more exact than 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,9 +17,21 @@ from torch import Tensor
 from attnfuse.dropout import kept
 from attnfuse.errors import BadProgram
 from attnfuse.score import Apply, Capture, Const, Expr, Index, Prob, Score, Symbol
-from attnfuse.spec import AttentionSpec
+from attnfuse.spec import FLOAT8, AttentionSpec
 
-__all__ = ["Scope", "applied", "attention", "compute_dtype", "evaluate", "normalised", "repeat_heads", "seed_of"]
+__all__ = [
+    "Scope",
+    "applied",
+    "attention",
+    "compute_dtype",
+    "evaluate",
+    "is_float8",
+    "normalised",
+    "out_dtype",
+    "repeat_heads",
+    "rounded",
+    "seed_of",
+]
 
 Span = tuple[int, int]
 """First index and one past the last."""
@@ -68,6 +81,17 @@ class Scope:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that scores and programs are computed in, for operands of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_float8(dtype: torch.dtype) -> bool:
+    """Whether it is one of the types of :data:`attnfuse.spec.FLOAT8`."""
+    return str(dtype).removeprefix("torch.") in FLOAT8
+
+
+def out_dtype(spec: AttentionSpec, value: torch.dtype) -> torch.dtype:
+    """The type of the output: value's, but what the spec says where that is a float8."""
+    named: torch.dtype = getattr(torch, spec.out_dtype) if spec.out_dtype and is_float8(value) else value
+    return named
 
 
 # --- programs ---------------------------------------------------------------------------------------
@@ -137,7 +161,7 @@ def attention(
     captures: Sequence[Tensor] = (),
     symbols: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """``out [*B, H, M, Dv]`` in value's dtype and ``lse [*B, H, M]``, the natural log of each row's sum, float32.
+    """``out [*B, H, M, Dv]`` in :func:`out_dtype` and ``lse [*B, H, M]``, the natural log of each row's sum, float32.
 
     Without a softmax there is no sum, and lse is zero. Shapes as in :mod:`attnfuse.spec`; differentiable by
     autograd. With dropout the last capture is the seed (:func:`seed_of`).
@@ -149,7 +173,7 @@ def attention(
     if spec.sink is not None:
         sink = evaluate(spec.sink, scope).to(scope.dtype)
         logit = torch.cat([logit, sink.expand(*logit.shape[:-1], 1)], dim=-1)
-    weight = normalised(spec, logit)[..., : score.shape[-1]]
+    weight = rounded(spec, normalised(spec, logit)[..., : score.shape[-1]])
     weight = evaluate(spec.weight, replace(scope, weight=weight)).expand(score.shape)
     if spec.dropout:
         mask = kept(seed_of(spec, captures), spec.dropout, scope.indices())
@@ -157,8 +181,10 @@ def attention(
         weight = weight * (mask.to(scope.dtype) / (1 - spec.dropout) if spec.dropout < 1 else 0.0)
     out = weight.to(scope.dtype) @ repeat_heads(value, heads).to(scope.dtype)
     if spec.normaliser == "none":
-        return out.to(value.dtype), torch.zeros(score.shape[:-1], dtype=torch.float32, device=score.device)
-    return out.to(value.dtype), torch.logsumexp(logit, dim=-1).to(torch.float32)
+        return out.to(out_dtype(spec, value.dtype)), torch.zeros(
+            score.shape[:-1], dtype=torch.float32, device=score.device
+        )
+    return out.to(out_dtype(spec, value.dtype)), torch.logsumexp(logit, dim=-1).to(torch.float32)
 
 
 def normalised(spec: AttentionSpec, logit: Tensor) -> Tensor:
@@ -169,6 +195,17 @@ def normalised(spec: AttentionSpec, logit: Tensor) -> Tensor:
         safe: Tensor = torch.ops.aten._safe_softmax.default(logit, -1)
         return safe
     return torch.softmax(logit, dim=-1)
+
+
+def rounded(spec: AttentionSpec, weight: Tensor) -> Tensor:
+    """Normalised weights, rounded where the spec lets them be; those of float64 are exact."""
+    if spec.weight_dtype is None or weight.dtype == torch.float64:
+        return weight
+    dtype = getattr(torch, spec.weight_dtype)
+    # in these units the largest weight of a row is as near to the type's largest number as a power of two can be
+    units = 2.0 ** math.floor(math.log2(torch.finfo(dtype).max)) / weight.amax(dim=-1, keepdim=True)
+    units = torch.where(units.isfinite(), units, 1.0)
+    return (weight * units).to(dtype).to(weight.dtype) / units
 
 
 def seed_of(spec: AttentionSpec, captures: Sequence[Tensor]) -> Tensor:

@@ -20,6 +20,11 @@ attention. A key is then masked by a logit of zero, no row is empty, and there i
 
 Scores of half types may be rounded to that type, as the written-out program rounds them, unless
 ``spec.exact_scores``: then they are float32, as in ``scaled_dot_product_attention``.
+
+Operands may be float8 tensors, whose scales are factors of the programs: those of query and key of ``score``, that of
+value of ``weight``. ``out`` is of value's type, or where that is a float8 of ``spec.out_dtype``. Weights may be rounded
+to ``spec.weight_dtype`` before they multiply value, each in units of the largest of its row, as a program rounds them
+that quantises its weights.
 """
 
 from __future__ import annotations
@@ -33,10 +38,13 @@ from typing import Any, Literal, get_args
 from attnfuse.errors import BadProgram
 from attnfuse.score import Apply, Capture, Expr, Index, P, Prob, S, Score, Symbol, parse, text, walk
 
-__all__ = ["SCORE_AXES", "AttentionSpec", "Captured", "EmptyRows", "Normaliser", "axes_of"]
+__all__ = ["FLOAT8", "SCORE_AXES", "AttentionSpec", "Captured", "EmptyRows", "Normaliser", "axes_of"]
 
 #: The axes of a score after its batch axes.
 SCORE_AXES = ("h", "m", "n")
+
+#: The float8 types of numbers, by torch's names: each of their values is one of every wider type too.
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 
 #: How a row of logits becomes weights.
 Normaliser = Literal["softmax", "none"]
@@ -70,6 +78,8 @@ class AttentionSpec:
     normaliser: Normaliser = "softmax"
     empty_rows: EmptyRows = "nan"
     exact_scores: bool = False
+    weight_dtype: str | None = None
+    out_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 0 or self.symbols < 0:
@@ -105,6 +115,8 @@ class AttentionSpec:
                 raise BadProgram(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if self.normaliser == "none" and (self.sink is not None or self.empty_rows != "nan"):
             raise BadProgram("without a softmax there are neither sinks nor empty rows")
+        if self.weight_dtype is not None and (self.weight_dtype not in FLOAT8 or self.normaliser == "none"):
+            raise BadProgram(f"weights of a softmax may be one of {', '.join(FLOAT8)}, not {self.weight_dtype!r}")
 
     def _check(self, what: str, program: Expr, forbidden: tuple[type, ...]) -> None:
         for part in walk(program):
@@ -126,9 +138,9 @@ class AttentionSpec:
     def to_text(self) -> str:
         """One line of JSON, with programs in their text form; the op carries it.
 
-        The last three fields are left out where they have their defaults.
+        The last fields, from the normaliser on, are left out where they have their defaults.
         """
-        facts = ("normaliser", "empty_rows", "exact_scores")
+        facts = ("normaliser", "empty_rows", "exact_scores", "weight_dtype", "out_dtype")
         unusual = {name: getattr(self, name) for name in facts if getattr(self, name) != getattr(AttentionSpec, name)}
         return json.dumps(
             {
@@ -159,6 +171,8 @@ class AttentionSpec:
                 normaliser=raw.get("normaliser", "softmax"),
                 empty_rows=raw.get("empty_rows", "nan"),
                 exact_scores=bool(raw.get("exact_scores", False)),
+                weight_dtype=raw.get("weight_dtype"),
+                out_dtype=raw.get("out_dtype"),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadProgram(f"not an attention spec: {source[:80]!r} ({error})") from None

@@ -9,7 +9,9 @@ import torch
 from torch.fx import Node
 
 from attnfuse.axes import Axis, Index, Minor, Size
+from attnfuse.graph import facts
 from attnfuse.kernels import Source
+from attnfuse.reference import is_float8
 from attnfuse.score import Capture, Expr, walk
 from attnfuse.spec import AttentionSpec, EmptyRows, Normaliser
 
@@ -52,7 +54,8 @@ class Site:
     sizes ``z<slot>`` of ``symbols``. Places are in axes that are split no further. ``reads`` are all nodes that
     were interpreted, with where, and ``consumers`` the first node that reads each; ``interior`` are those from
     the first contraction up to the second. ``source`` says how the graph computes it. Where that is one call,
-    ``product`` and ``softmax`` are that call.
+    ``product`` and ``softmax`` are that call. A site of float8 tensors is ``widened`` where they are read as what the
+    products are of, which the graph makes of them.
     """
 
     node: Node
@@ -78,7 +81,14 @@ class Site:
     empty_rows: EmptyRows = "nan"
     source: Source = "written"
     exact_scores: bool = False
+    weight_dtype: str | None = None
     interior: frozenset[Node] = frozenset()
+    widened: Site | None = None
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether an operand is a float8 tensor."""
+        return any(is_float8(facts.dtype(each.source.node)) for each in (self.query, self.key, self.value))
 
     def programs(self) -> tuple[Expr, ...]:
         """Score, weight and the extra logits."""
@@ -110,6 +120,7 @@ class Attention:
     """One site in canonical form: what it computes and where its operands are. Shapes as in :mod:`attnfuse.spec`.
 
     ``groups`` are the dimensions of the fused node's result; ``place`` those of ``site.node``, in the same axes.
+    ``widened`` is that of the site's.
     """
 
     site: Site
@@ -120,6 +131,7 @@ class Attention:
     captures: tuple[Layout, ...]
     symbols: tuple[Size, ...]
     groups: tuple[tuple[Axis, ...], ...]
+    widened: Attention | None = None
 
     def resized(self, sizes: Mapping[Axis, int]) -> Attention:
         """The same attention with other sizes of some axes; its operands' layouts are to be built anew."""

@@ -9,6 +9,7 @@ python scripts/bench.py --device cuda -n 512,16384 --widths 64,256 --steps forwa
 python scripts/bench.py --device cuda --models    whole models there, beside the same rewritten by hand
 python scripts/bench.py --cost                   fuse_graph against nodes, and against Inductor
 python scripts/bench.py --layouts --device cuda  what layouts cost there; kept for the cost model
+python scripts/bench.py --blocks --device cuda   attention blocks by where their transposes are
 python scripts/bench.py --hopper --json out.json the Gluon kernel against cuDNN and FlexAttention, on a Hopper GPU
 """
 
@@ -25,6 +26,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from benchmark import blocks as whole_blocks
 from benchmark import cost as rewriting
 from benchmark import gpu_table, models
 from benchmark import hopper as kernels
@@ -65,6 +67,7 @@ def bench(
     layouts: Annotated[bool, typer.Option("--layouts", help="measure what layouts cost, for the cost model")] = False,
     whole: Annotated[bool, typer.Option("--models", help="measure whole models on a GPU")] = False,
     hopper: Annotated[bool, typer.Option("--hopper", help="measure the Gluon kernel on a Hopper GPU instead")] = False,
+    blocks: Annotated[bool, typer.Option("--blocks", help="measure attention blocks by layout rule instead")] = False,
     plot: Annotated[Path | None, typer.Option(help="draw a GPU's ratios to this PNG; needs matplotlib")] = None,
     inductor_layers: Annotated[int, typer.Option(help="the deepest Llama that --cost has Inductor compile")] = 32,
     quick: Annotated[bool, typer.Option("--quick", help="tiny and rough: a smoke test")] = False,
@@ -79,7 +82,9 @@ def bench(
         return
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{device!r} cannot be measured; cpu and cuda can", param_hint="--device")
-    if device == "cuda":
+    if blocks:
+        content, targets = _bench_blocks(device, _words(only))
+    elif device == "cuda":
         content, targets = _bench_models(only, steps) if whole else _bench_gpu(only, lengths, widths, steps, plot)
     elif cost:
         content, targets = _bench_cost(QUICK_LAYERS if quick else LAYERS, inductor_layers)
@@ -170,6 +175,14 @@ def _print_absent(rows: Sequence[Row | GpuRow | ModelRow]) -> None:
     for row in rows:
         for peer, reason in row.absent.items():
             err.print(f"{row.case}: no figure for {peer}: {reason}", highlight=False)
+
+
+def _bench_blocks(device: str, names: tuple[str, ...]) -> tuple[dict[str, Sequence[Any]], list[Target]]:
+    if device != "cuda" or not torch.cuda.is_available():
+        raise typer.BadParameter("blocks are measured on a GPU that torch can use", param_hint="--device")
+    rows = list(track(whole_blocks.measure_blocks(names), "measuring", console=err))
+    out.print(whole_blocks.as_table(rows))
+    return {"rows": rows}, whole_blocks.targets(rows)
 
 
 def _bench_cost(layers: Sequence[int], inductor_layers: int) -> tuple[dict[str, Sequence[Any]], list[Target]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnfuse.algebra.kinds import LOGIC, Kinds, Rule, kind, reads_score
 from attnfuse.algebra.literals import compute, rounded
-from attnfuse.score import Apply, Const, Expr, apply
+from attnfuse.score import Apply, Const, Expr, Prob, apply
 
 __all__ = ["NUMBER_RULES", "named_softcap"]
 
@@ -77,6 +77,27 @@ def _square(expr: Expr, _: Kinds) -> Expr | None:
     return None
 
 
+def _saturated(expr: Expr, _: Kinds) -> Expr | None:
+    """``min(448.0 * p, 448.0) -> 448.0 * p``, as quantising saturates: a weight is between 0 and 1."""
+    match expr:
+        case Apply("min", (x, Const(bound))) | Apply("min", (Const(bound), x)):
+            largest = _largest_weight(x)
+            return x if largest is not None and largest <= bound else None
+        case Apply("max", (x, Const(bound))) | Apply("max", (Const(bound), x)) if bound <= 0:
+            return x if _largest_weight(x) is not None else None
+    return None
+
+
+def _largest_weight(expr: Expr) -> float | None:
+    """The largest value of a multiple of a weight; None of anything else."""
+    match expr:
+        case Prob():
+            return 1.0
+        case Apply("mul", (Const(factor), Prob())) if factor >= 0:
+            return float(factor)
+    return None
+
+
 def _inverse(expr: Expr, _: Kinds) -> Expr | None:
     """``x * (1 / y) -> x / y``."""
     match expr:
@@ -145,6 +166,7 @@ NUMBER_RULES: tuple[Rule, ...] = (
     _constant_first,
     _to_product,
     _square,
+    _saturated,
     _inverse,
     _merge_factors,
     _score_first,

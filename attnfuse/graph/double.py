@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 from torch.fx.node import map_aggregate
 
+from attnfuse.reference import is_float8
+
 __all__ = ["nudged", "run_in_double", "widened"]
 
 #: Softmax of decomposed graphs: its last argument says that half is converted, which double is not.
@@ -50,13 +52,15 @@ def widened(part: Any) -> Any:
 def nudged(part: Any, random: torch.Generator) -> Any:
     """A floating-point tensor in float64, each element moved by one rounding, up or down; all else as it is.
 
-    ``random`` is a generator of the CPU's, so that every device draws the same directions.
+    ``random`` is a generator of the CPU's, so that every device draws the same directions. A float8 moves by a
+    rounding of bfloat16, as which programs read it.
     """
     if not isinstance(part, Tensor) or not part.is_floating_point():
         return part
     up = torch.randint(0, 2, part.shape, generator=random, dtype=torch.float64).to(part.device)
     # half an eps is the most that rounding to nearest moves a number by
-    return part.double() * (1 + (up - 0.5) * torch.finfo(part.dtype).eps)
+    rounded = torch.bfloat16 if is_float8(part.dtype) else part.dtype
+    return part.double() * (1 + (up - 0.5) * torch.finfo(rounded).eps)
 
 
 class _Double(Interpreter):

@@ -90,7 +90,8 @@ def modelled(problem: Problem, target: Target) -> dict[str, float]:
 
 
 def _unfused(problem: Problem, target: Target) -> float:
-    return cost.unfused(problem) if target.kind == "cpu" else gpu_cost.unfused(problem, target)
+    written = problem.widened
+    return cost.unfused(written) if target.kind == "cpu" else gpu_cost.unfused(written, target)
 
 
 def _judged(each: Kernel, problem: Problem, target: Target, *, portable: bool = False) -> Candidate:

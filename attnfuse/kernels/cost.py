@@ -21,6 +21,7 @@ from attnfuse.kernels.cpu.chain import steps_of
 from attnfuse.kernels.cpu.split import split
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.rows import band_of
+from attnfuse.reference import is_float8
 from attnfuse.score import Apply, Index, walk
 from attnfuse.spec import AttentionSpec
 
@@ -226,7 +227,9 @@ def _spills(problem: Problem) -> bool:
 
 
 def _rates(problem: Problem) -> Rates:
-    return rates_of(problem.query.dtype, exact=problem.spec.exact_scores)
+    # what is float8 is multiplied as float32
+    dtype = torch.float32 if is_float8(problem.query.dtype) else problem.query.dtype
+    return rates_of(dtype, exact=problem.spec.exact_scores)
 
 
 def rates_of(dtype: torch.dtype, *, exact: bool = False) -> Rates:

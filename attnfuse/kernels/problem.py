@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from attnfuse.axes import Minor
 from attnfuse.form import form_of
+from attnfuse.reference import is_float8, out_dtype
 from attnfuse.score import Apply, P, walk
 from attnfuse.spec import AttentionSpec
 
@@ -69,6 +70,18 @@ class Problem:
         return any(o.requires_grad for o in (self.query, self.key, self.value, *self.captures))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What a program writes its products in that is written out: query's type; out's where that is a float8."""
+        return out_dtype(self.spec, self.value.dtype) if is_float8(self.query.dtype) else self.query.dtype
+
+    @property
+    def widened(self) -> Problem:
+        """The problem of the written-out program, which multiplies no float8."""
+        if not any(is_float8(x.dtype) for x in (self.query, self.key, self.value)):
+            return self
+        return replace(self, **{name: replace(getattr(self, name), dtype=self.dtype) for name in self.minors})
+
+    @property
     def minors(self) -> dict[str, Minor]:
         """How query, key and value lie, by name."""
         return {"query": self.query.minor, "key": self.key.minor, "value": self.value.minor}
@@ -98,7 +111,8 @@ class Problem:
         """Whether it is a softmax of scaled scores and nothing else, which Inductor turns into SDPA by itself."""
         form, spec = form_of(self.spec.score), self.spec
         bare = form is not None and form.softcap is None and not form.bias and not form.keep
-        return bare and spec.normaliser == "softmax" and spec.sink is None and spec.weight == P and not spec.dropout
+        whole = spec.weight == P and spec.weight_dtype is None and not spec.dropout
+        return bare and whole and spec.normaliser == "softmax" and spec.sink is None
 
     @property
     def captured_bytes(self) -> int:

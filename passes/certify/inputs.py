@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnfuse.graph import facts
+from attnfuse.reference import is_float8
 
 __all__ = ["GRADIENT_FREE", "TRIALS", "Trial", "draw"]
 
@@ -27,8 +28,10 @@ def draw(
         return facts.hint_of(node)
     shape = facts.hint(node) if shape is None else shape
     made = _with_fills if is_mask and trial is _filled else trial
-    # drawn on the CPU: the same values on every device
-    return made(shape, facts.dtype(node), generator).to(facts.tensor(node).device)
+    dtype = facts.dtype(node)
+    # torch computes no float8, and draws on the CPU are the same values on every device
+    drawn = made(shape, torch.float32 if is_float8(dtype) else dtype, generator)
+    return drawn.to(device=facts.tensor(node).device, dtype=dtype)
 
 
 def _plain(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

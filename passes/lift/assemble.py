@@ -13,8 +13,11 @@ from attnfuse.graph import facts
 from attnfuse.kernels import Source
 from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, Reduced, Softmax
 from attnfuse.passes.lift.operand import factored, viewed
+from attnfuse.passes.lift.pointwise import CASTS
 from attnfuse.passes.lift.reader import Reader, TakeAsTensor
+from attnfuse.passes.lift.view import VIEWS
 from attnfuse.passes.site import Operand, Site
+from attnfuse.reference import is_float8
 from attnfuse.score import Capture, Expr, P, S, apply, rewrite, walk
 from attnfuse.spec import EmptyRows, Normaliser
 
@@ -29,6 +32,10 @@ __all__ = [
     "softmax_over",
     "weight_program",
 ]
+
+
+#: What may stand between weights that are quantised and their product with the values.
+_BEHIND_WEIGHTS = frozenset((*VIEWS, *CASTS, "mul", "div"))
 
 
 def read_site(reader: Reader, node: Node) -> Site | None:
@@ -109,8 +116,9 @@ def assembled(
         raise _refusal("the logits are not read as coming from one product of queries and keys", softmax.node)
     if any(size == 0 for side in (inner.left, inner.right) for size in facts.shape(side)):
         raise Unreadable("a dimension is empty")
-    query, key = (factored(reader, *side, inner.node) for side in query_and_key(reader, inner, softmax.key.axes))
-    value = viewed(reader, values, value_place, outer.node)
+    sides_of_scores = query_and_key(reader, inner, softmax.key.axes)
+    query, key = (factored(reader, *side, inner.node, inner.axes) for side in sides_of_scores)
+    value = viewed(reader, values, value_place, outer.node, weight_place)
     dropout, weight = _after_softmax(reader, weights, softmax)
     dot = apply("mul", apply("mul", query.factor, key.factor), S)
     slot = reader.atom(inner)
@@ -129,8 +137,18 @@ def assembled(
         extra=softmax.extra,
         dropout=dropout,
         empty_rows=softmax.empty_rows,
+        weight_dtype=_quantised_to(outer.left if values is outer.right else outer.right),
     )
     return site_of(reader, parts)
+
+
+def _quantised_to(weights: Node) -> str | None:
+    """The float8 type that weights are rounded to on their way to the product with the values; None where to none."""
+    while not is_float8(facts.dtype(weights)):
+        if facts.op_name(weights) not in _BEHIND_WEIGHTS or not weights.all_input_nodes:
+            return None
+        weights = weights.all_input_nodes[0]
+    return str(facts.dtype(weights)).removeprefix("torch.")
 
 
 def _after_softmax(reader: Reader, weights: Expr, softmax: Softmax) -> tuple[float, Expr]:
@@ -163,11 +181,20 @@ class Parts:
     empty_rows: EmptyRows = "nan"
     source: Source = "written"
     exact_scores: bool = False
+    weight_dtype: str | None = None
+
+    @property
+    def programs(self) -> tuple[Expr, ...]:
+        """Score, weight, which value's factor goes with, and the extra logits."""
+        by = self.operands[2].factor
+        if self.normaliser == "none":
+            return (apply("mul", by, self.score), self.weight, *self.extra)
+        return (self.score, apply("mul", by, self.weight), *self.extra)
 
 
 def site_of(reader: Reader, parts: Parts) -> Site:
     """The site in today's axes, its programs of leaves alone. Raises :class:`Refused` where they cannot be."""
-    programs = [_leaves_only(reader, program) for program in (parts.score, parts.weight, *parts.extra)]
+    programs = [_leaves_only(reader, program) for program in parts.programs]
     query, key, value = (_final(reader, operand) for operand in parts.operands)
     return Site(
         node=parts.node,
@@ -181,13 +208,14 @@ def site_of(reader: Reader, parts: Parts) -> Site:
         key=key,
         value=value,
         score=normalise(programs[0], reader.kind_of, WEIGHT_RULES if parts.normaliser == "none" else ()),
-        weight=programs[1],
+        weight=normalise(programs[1], reader.kind_of),
         extra=tuple(programs[2:]),
         dropout=parts.dropout,
         normaliser=parts.normaliser,
         empty_rows=parts.empty_rows,
         source=parts.source,
         exact_scores=parts.exact_scores,
+        weight_dtype=parts.weight_dtype,
         leaves={
             slot: Leaf(atom.node, reader.final(atom.place))
             for slot, atom in enumerate(reader.atoms)

@@ -62,12 +62,12 @@ def read_call(reader: Reader, node: Node) -> Site:
         raise Unreadable("there is a single key, whose weight is 1")
     lead, row, outer = place[:-2], place[-2], place[-1]
     kv_lead = _shared_heads(reader, args, lead)
-    operands = (
-        factored(reader, query, (*aligned(shapes[0][:-2], lead), row, inner), call),
-        factored(reader, key, (*aligned(shapes[1][:-2], kv_lead), keys, inner), call),
-        viewed(reader, value, (*aligned(shapes[2][:-2], kv_lead), keys, outer), call),
-    )
     weight_place = (*lead, row, keys)
+    operands = (
+        factored(reader, query, (*aligned(shapes[0][:-2], lead), row, inner), call, inner.axes),
+        factored(reader, key, (*aligned(shapes[1][:-2], kv_lead), keys, inner), call, inner.axes),
+        viewed(reader, value, (*aligned(shapes[2][:-2], kv_lead), keys, outer), call, weight_place),
+    )
     scale = apply("mul", _scale(reader, args, query), apply("mul", operands[0].factor, operands[1].factor))
     parts = Parts(
         node=node,

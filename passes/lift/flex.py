@@ -87,9 +87,9 @@ def _operands(
         raise Unreadable("query heads that no whole number of key and value heads shares")
     shared = reader.space.regroup((head,), (heads,), (kv_heads, group))[0]
     operands = (
-        factored(reader, query, (batch, head, row, inner), call),
-        factored(reader, key, (batch, shared, keys, inner), call),
-        viewed(reader, value, (batch, shared, keys, outer), call),
+        factored(reader, query, (batch, head, row, inner), call, inner.axes),
+        factored(reader, key, (batch, shared, keys, inner), call, inner.axes),
+        viewed(reader, value, (batch, shared, keys, outer), call, (batch, head, row, keys)),
     )
     return operands, place, (batch, head, row, keys), inner.axes
 

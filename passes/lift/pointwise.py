@@ -16,7 +16,7 @@ from attnfuse.passes.lift.reader import Reader, Rule
 from attnfuse.passes.lift.view import broadcast
 from attnfuse.score import Apply, Capture, Const, Expr, apply, walk
 
-__all__ = ["POINTWISE", "cast", "operand"]
+__all__ = ["CASTS", "POINTWISE", "cast", "operand"]
 
 Arguments = Mapping[str, Any]
 
@@ -205,13 +205,16 @@ _LOGICAL_NAMES = {
     "not": ("bitwise_not", "logical_not"),
 }
 
+#: Conversions to another dtype, by ATen name.
+CASTS = ("to", "_to_copy", "type_as", "float", "half", "bfloat16")
+
 #: Operations on one element at a time, by ATen name.
 POINTWISE: dict[str, Rule] = {
     **{name: _unary(name) for name in _UNARY_NAMES},
     **{alias: _logical(op) for op, aliases in _LOGICAL_NAMES.items() for alias in aliases},
     **{op: _arithmetic(op) for op in ("add", "sub", "mul")},
     **{op: _binary(op) for op in ("lt", "le", "gt", "ge", "eq", "ne")},
-    **dict.fromkeys(("to", "_to_copy", "type_as", "float", "half", "bfloat16"), _cast),
+    **dict.fromkeys(CASTS, _cast),
     **dict.fromkeys(("div", "true_divide", "divide"), _div),
     **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max"), _clamp),
     "subtract": _arithmetic("sub"),

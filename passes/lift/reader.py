@@ -60,14 +60,18 @@ class Reader:
         is_given: Callable[[Node], bool] = lambda node: True,
         constants: Constants | None = None,
         opaque: frozenset[Node] = frozenset(),
+        *,
+        narrow: bool = True,
     ) -> None:
         """``is_given`` says which nodes' values a fused node could be handed; only those can be leaves.
 
-        Nodes in ``opaque`` are leaves whatever rules there are.
+        Nodes in ``opaque`` are leaves whatever rules there are. With ``narrow`` operands that are dequantised are seen
+        as the float8 tensors they were.
         """
         self.space = Space()
         self.atoms: list[Atom] = []
         self.symbols: list[Size] = []
+        self.narrow = narrow
         #: Which axis an index variable of an expression runs over.
         self.axes: dict[str, Index] = {}
         self.order = order

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch.fx import Graph, Node
@@ -178,16 +178,21 @@ def _mover(start: Node) -> Node | None:
     return None
 
 
-def _attempt(candidate: Candidate, order: Order, given: Given, opaque: frozenset[Node] = frozenset()) -> Found:
+def _attempt(
+    candidate: Candidate, order: Order, given: Given, opaque: frozenset[Node] = frozenset(), *, narrow: bool = True
+) -> Found:
     node, start = candidate.node, candidate.start
     try:
-        reader = Reader(_RULES, order, given.is_given, given.constants, opaque)
+        reader = Reader(_RULES, order, given.is_given, given.constants, opaque, narrow=narrow)
         site = candidate.read(reader, node)
+        if site is not None and narrow and site.is_narrow:
+            wide = _attempt(candidate, order, given, opaque, narrow=False)
+            site = replace(site, widened=next((each for each in wide if isinstance(each, Site)), None))
         if site is not None:
             return [without_hazards(site, order)]
         return [] if start is None else _unread_weights(reader, start)
     except TakeAsTensor as error:
-        return _attempt(candidate, order, given, opaque | {error.node})
+        return _attempt(candidate, order, given, opaque | {error.node}, narrow=narrow)
     except Unreadable as error:
         return [] if start is None else [Refused(str(error), start.name, facts.source_line(start))]
     except Refused as refusal:

@@ -80,7 +80,7 @@ def _site(
     shared = set.intersection(*(axes_at(reader, at) for _, at in (*sides, values)))
     if not shared:
         return None
-    query, key = (factored(reader, *side, inner.node) for side in sides)
+    query, key = (factored(reader, *side, inner.node, inner.axes) for side in sides)
     dropout, weight = weight_program(reader, read, inner.node)
     score = _score(reader, inner, weight, query, key)
     if _only_scaled(score):
@@ -93,7 +93,7 @@ def _site(
         weight_place=weights[1],
         keys=outer.axes,
         inner=inner.axes,
-        operands=(query, key, viewed(reader, *values, outer.node)),
+        operands=(query, key, viewed(reader, *values, outer.node, weights[1])),
         score=score,
         dropout=dropout,
         normaliser="none",

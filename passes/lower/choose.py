@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,9 +15,11 @@ from attnfuse.graph import facts
 from attnfuse.graph.build import UnknownSize
 from attnfuse.graph.capture import Captured
 from attnfuse.kernels import UNFUSED, Choice, Numerics, Operand, Problem, Source, choose, lookup, rows_kept
+from attnfuse.kernels.prices import prices_of
 from attnfuse.passes.lower.operands import Operands
 from attnfuse.passes.lower.replacement import Draft, draft, finished
 from attnfuse.passes.site import Attention
+from attnfuse.reference import is_float8
 from attnfuse.target import Target
 
 __all__ = ["Plan", "Wishes", "at_sizes", "plan", "relaid"]
@@ -62,18 +65,42 @@ class Plan:
 
 def plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Refused:
     """The best plan for a site; refused where no kernel can, or none is estimated to pay."""
+    found = _plan(attention, captured, wishes)
+    if attention.widened is None:
+        return found
+    plans = [each for each in (found, _plan(attention.widened, captured, wishes)) if isinstance(each, Plan)]
+    # a float8 has no gradient worth having
+    able = [each for each in plans if each.attention is attention.widened or not each.problem.training]
+    return min(able, key=lambda each: _attainable(each.problem, each.choice, wishes)) if able else found
+
+
+def _plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Refused:
     try:
         start = draft(attention, captured.value)
         problem = replace(_problem(attention, start.operands, wishes), autocast=captured.casts)
         choice = choose(problem, wishes.target, wishes.kernel, portable=wishes.portable)
     except (UnknownSize, NoKernel) as error:
         return _refusal(attention, str(error))
-    if wishes.profit and not choice.pays:
-        ours, theirs = choice.seconds[choice.kernel], choice.seconds[UNFUSED]
+    ours, theirs = _attainable(problem, choice, wishes), choice.seconds[UNFUSED]
+    if wishes.profit and ours > choice.tie * theirs:
         what = _AS_IT_IS[problem.source]
         reason = f"no kernel is faster: {choice.kernel} is estimated at {ours:.2g} s, {what} at {theirs:.2g} s"
         return _refusal(attention, reason, "profit=False fuses all the same")
     return _planned(attention, start, problem, choice, wishes)
+
+
+def _attainable(problem: Problem, choice: Choice, wishes: Wishes) -> float:
+    """Seconds of a problem, its value copied where that pays: float8 may be multiplied twice as fast transposed."""
+    straight = choice.seconds[choice.kernel]
+    if not is_float8(problem.value.dtype):
+        return straight
+    minor: Minor = "d" if problem.value.minor == "n" else "n"
+    turned = replace(problem, value=replace(problem.value, minor=minor))
+    copy = prices_of(wishes.target).copy_seconds(math.prod(problem.value.shape), problem.value.dtype)
+    try:
+        return min(straight, choose(turned, wishes.target, choice.kernel).seconds[choice.kernel] + copy)
+    except NoKernel:
+        return straight
 
 
 def relaid(chosen: Plan, minors: Mapping[str, Minor], orders: Mapping[Node, Sequence[int]], wishes: Wishes) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnfuse.passes.place.apply import Arranged, arrange, orders
-from attnfuse.passes.place.decide import Decision, decide
+from attnfuse.passes.place.decide import Decision, decide, fixed_rules
 from attnfuse.passes.place.describe import described
 from attnfuse.passes.place.extract import Region, extract
 from attnfuse.passes.place.problem import IMPOSSIBLE, Labels, Price, Problem, Value
@@ -22,6 +22,7 @@ __all__ = [
     "decide",
     "described",
     "extract",
+    "fixed_rules",
     "orders",
     "solve",
 ]

@@ -15,7 +15,7 @@ from attnfuse.passes.place.region import Held
 from attnfuse.passes.place.solve import solve
 from attnfuse.passes.site import Demand
 
-__all__ = ["Decision", "decide"]
+__all__ = ["Decision", "decide", "fixed_rules"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Decision:
     @property
     def alternatives(self) -> dict[str, float]:
         """Seconds of fixed rules: nothing is changed; operands alone are copied; all that can is turned."""
-        return {name: self.region.problem.cost(labels) for name, labels in _fixed_rules(self.region).items()}
+        return {name: self.region.problem.cost(labels) for name, labels in fixed_rules(self.region).items()}
 
 
 def decide(region: Region) -> Decision:
@@ -85,7 +85,8 @@ def decide(region: Region) -> Decision:
     return Decision(region, solve(region.problem))
 
 
-def _fixed_rules(region: Region) -> dict[str, Labels]:
+def fixed_rules(region: Region) -> dict[str, Labels]:
+    """The layouts that fixed rules choose, by :attr:`Decision.alternatives`' names."""
     values, parts = region.problem.values, region.parts
     wanted = [
         "n" if v.price.n < v.price.d else "d" for v, p in zip(values, parts, strict=True) if isinstance(p, Demand)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from attnfuse.errors import BadProgram, Refused
 from attnfuse.graph import facts
 from attnfuse.passes.simplify.rename import Renamer
 from attnfuse.passes.simplify.roles import Axes, Roles, roles_of
-from attnfuse.passes.site import Attention, Layout, Leaf, Site
+from attnfuse.passes.site import Attention, Layout, Leaf, Operand, Site
+from attnfuse.reference import is_float8
 from attnfuse.spec import AttentionSpec, Captured
 
 __all__ = ["simplify"]
@@ -33,10 +36,13 @@ def simplify(site: Site) -> Attention | Refused:
             normaliser=site.normaliser,
             empty_rows=site.empty_rows,
             exact_scores=site.exact_scores,
+            weight_dtype=site.weight_dtype,
+            out_dtype=_out_dtype(site),
         )
     except BadProgram as error:
         return _refusal(site, str(error))
     query, key, value = _operands(site, roles)
+    widened = None if site.widened is None else simplify(site.widened)
     return Attention(
         site=site,
         spec=spec,
@@ -46,7 +52,17 @@ def simplify(site: Site) -> Attention | Refused:
         captures=tuple(_capture_layout(leaf, tuple(dimensions.values())) for leaf in renamer.leaves),
         symbols=tuple(renamer.symbols),
         groups=(*_singles(roles.batch), roles.head, roles.row, roles.outer),
+        widened=widened if isinstance(widened, Attention) else None,
     )
+
+
+def _out_dtype(site: Site) -> str | None:
+    """The result's type where it is not value's: values that are float8 tensors."""
+    return _name(facts.dtype(site.node)) if is_float8(facts.dtype(site.value.source.node)) else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _refusal(site: Site, reason: str) -> Refused:
@@ -56,7 +72,7 @@ def _refusal(site: Site, reason: str) -> Refused:
 def _captured(leaf: Leaf, dimensions: dict[str, Axes]) -> Captured:
     present = {axis for index in leaf.place for axis in index.axes}
     axes = tuple(name for name, dimension in dimensions.items() if present & set(dimension))
-    return Captured(axes, str(facts.dtype(leaf.node)).removeprefix("torch."))
+    return Captured(axes, _name(facts.dtype(leaf.node)))
 
 
 def _capture_layout(leaf: Leaf, groups: tuple[Axes, ...]) -> Layout:
@@ -66,7 +82,8 @@ def _capture_layout(leaf: Leaf, groups: tuple[Axes, ...]) -> Layout:
 def _operands(site: Site, roles: Roles) -> tuple[Layout, Layout, Layout]:
     """Key and value may lack batch axes; every other axis is expanded where the tensor lacks it.
 
-    A product that is computed in another dtype than its operands have is autocast's: the cast is made explicit.
+    A product that is computed in another dtype than its operands have is autocast's: the cast is made explicit. What
+    was dequantised for it is left as it was before.
     """
     batch = _singles(roles.batch)
     inner, outer = roles.inner, roles.outer
@@ -74,11 +91,17 @@ def _operands(site: Site, roles: Roles) -> tuple[Layout, Layout, Layout]:
     summed = facts.dtype(site.node)
     # a call may have several results
     scored = facts.dtype(site.product) if facts.is_tensor(site.product) else summed
+    every = (True, True, True)
     return (
-        Layout(site.query.views, (*batch, roles.head, roles.row, inner), (*map(bool, batch), True, True, True), scored),
-        Layout(site.key.views, (*batch, roles.kv_head, roles.key, inner), (*lead, True, True, True), scored),
-        Layout(site.value.views, (*batch, roles.kv_head, roles.key, outer), (*lead, True, True, True), summed),
+        _layout(site.query, (*batch, roles.head, roles.row, inner), (*map(bool, batch), *every), scored),
+        _layout(site.key, (*batch, roles.kv_head, roles.key, inner), (*lead, *every), scored),
+        _layout(site.value, (*batch, roles.kv_head, roles.key, outer), (*lead, *every), summed),
     )
+
+
+def _layout(operand: Operand, groups: tuple[Axes, ...], expand: tuple[bool, ...], dtype: torch.dtype) -> Layout:
+    own = facts.dtype(operand.source.node)
+    return Layout(operand.views, groups, expand, own if is_float8(own) else dtype)
 
 
 def _singles(axes: Axes) -> tuple[Axes, ...]:

@@ -36,7 +36,9 @@ def differences(got: AttentionSpec, want: AttentionSpec) -> list[str]:
     """What distinguishes two specs, in words; empty when they are one."""
     found = [
         f"{name}: {getattr(got, name)}, not {getattr(want, name)}"
-        for name in ("batch", "dropout", "symbols", "normaliser", "empty_rows", "exact_scores")
+        for name in (
+            *("batch", "dropout", "symbols", "normaliser", "empty_rows", "exact_scores", "weight_dtype", "out_dtype"),
+        )
         if getattr(got, name) != getattr(want, name)
     ]
     if (got.sink is None) != (want.sink is None):

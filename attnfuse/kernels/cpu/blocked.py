@@ -22,7 +22,7 @@ from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.prices import factor
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel
-from attnfuse.reference import attention
+from attnfuse.reference import attention, is_float8
 from attnfuse.spec import AttentionSpec, Normaliser
 from attnfuse.target import Target
 
@@ -47,7 +47,7 @@ class Blocked(Kernel):
         return tuple(
             f"{name} is {str(operand.dtype).removeprefix('torch.')}"
             for name, operand in (("query", problem.query), ("key", problem.key), ("value", problem.value))
-            if operand.dtype not in DTYPES
+            if operand.dtype not in DTYPES and not is_float8(operand.dtype)
         )
 
     def cost(self, problem: Problem, target: Target) -> float:

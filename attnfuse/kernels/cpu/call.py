@@ -13,7 +13,7 @@ from attnfuse.dropout import kept
 from attnfuse.kernels.cpu.blocks import Block, Layout, Span, blocks
 from attnfuse.kernels.cpu.chain import Chain, Step, fill_of, mask_of, steps_of
 from attnfuse.kernels.rows import MARGIN, Band, masking_band, masking_fill, rows_kept, skips_surely
-from attnfuse.reference import Scope, compute_dtype, seed_of
+from attnfuse.reference import Scope, compute_dtype, is_float8, seed_of
 from attnfuse.score import Apply, Capture, Const, Expr, P, S, Score, rewrite, walk
 from attnfuse.spec import AttentionSpec
 
@@ -53,7 +53,12 @@ class Call:
     @property
     def half(self) -> bool:
         """Whether products are rounded to bfloat16 before they are scores; those of float16 are not."""
-        return self.query.dtype == torch.bfloat16 and not self.spec.exact_scores
+        return self.query.dtype == torch.bfloat16 and not self._wide
+
+    @cached_property
+    def _wide(self) -> bool:
+        """Whether bfloat16 is multiplied as float32: scores are exact, or there are float8 to multiply it with."""
+        return self.spec.exact_scores or any(is_float8(x.dtype) for x in (self.query, self.key, self.value))
 
     @cached_property
     def selects(self) -> bool:
@@ -181,8 +186,8 @@ class Call:
 
     def _factor(self, tensor: Tensor) -> Tensor:
         """A factor of a matrix product. Those of float16 take 20 times as long as those of float32 on most CPUs."""
-        wide = tensor.dtype == torch.float16 or (tensor.dtype == torch.bfloat16 and self.spec.exact_scores)
-        return tensor.to(torch.float32) if wide else tensor
+        wide = tensor.dtype == torch.float16 or self._wide
+        return tensor.to(self.dtype) if wide else tensor
 
 
 def _cut(tensor: Tensor, spans: Sequence[Span]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from attnfuse.kernels.cpu.blocks import Block
 from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.chain import Chain
-from attnfuse.reference import evaluate
+from attnfuse.reference import evaluate, out_dtype
 from attnfuse.score import P
 
 __all__ = ["Forward", "logits", "weighed", "weights_"]
@@ -115,7 +115,8 @@ class Forward:
         call = self.call
         *batch, heads, rows, _ = call.query.shape
         size = call.value.shape[-1]
-        out = call.value.new_empty((*batch, rows, heads, size)).transpose(-3, -2)
+        dtype = out_dtype(call.spec, call.value.dtype)
+        out = call.value.new_empty((*batch, rows, heads, size), dtype=dtype).transpose(-3, -2)
         lse = call.query.new_empty((*batch, heads, rows) if self.with_lse else 0, dtype=torch.float32)
         for block, chain in call.blocks():
             found, sums = self._block(block, chain)

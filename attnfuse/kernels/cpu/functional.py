@@ -10,7 +10,7 @@ from torch import Tensor
 from attnfuse.kernels.cpu.blocks import Block, row_blocks
 from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.forward import weighed
-from attnfuse.reference import evaluate, normalised
+from attnfuse.reference import evaluate, normalised, out_dtype
 
 __all__ = ["attend_by_rows", "attend_whole"]
 
@@ -30,7 +30,7 @@ def attend(call: Call, block: Block) -> Tensor:
     weight = normalised(spec, logit)[..., :keys]
     value = call.keys_of(block, call.value)
     used = weighed(call, block, weight).to(value.dtype).reshape(block.lead, -1, keys)
-    return torch.bmm(used, value).view(*block.shape[:-1], -1).to(call.value.dtype)
+    return torch.bmm(used, value).view(*block.shape[:-1], -1).to(out_dtype(spec, call.value.dtype))
 
 
 def attend_whole(call: Call) -> Tensor:

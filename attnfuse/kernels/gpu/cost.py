@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attnfuse.kernels.float8 import product_types
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.rows import masking_band
 from attnfuse.target import Target
@@ -22,8 +23,11 @@ __all__ = ["Device", "cudnn", "device_of", "triton", "unfused"]
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks: dense products of half types and of TF32 or its like, operations a second; bytes a second of memory."""
+    """Peaks: dense products of float8, of half types and of TF32 or its like, operations a second; bytes a second of
+    memory.
+    """
 
+    float8: float
     half: float
     tf32: float
     bandwidth: float
@@ -31,18 +35,20 @@ class Device:
 
 
 _DEVICES = {
-    "cuda:sm80": Device(312e12, 156e12, 1.9e12, 108),
-    "cuda:sm90": Device(990e12, 495e12, 4.3e12, 132),
-    "cuda:sm100": Device(2250e12, 1100e12, 7.5e12, 148),
-    "rocm:gfx942": Device(1300e12, 650e12, 5.0e12, 304),
-    "rocm:gfx950": Device(2500e12, 1250e12, 7.5e12, 256),
-    "xpu:pvc": Device(800e12, 400e12, 3.0e12, 128),
+    "cuda:sm80": Device(312e12, 312e12, 156e12, 1.9e12, 108),
+    "cuda:sm90": Device(1979e12, 990e12, 495e12, 4.3e12, 132),
+    "cuda:sm100": Device(4500e12, 2250e12, 1100e12, 7.5e12, 148),
+    "rocm:gfx942": Device(2600e12, 1300e12, 650e12, 5.0e12, 304),
+    "rocm:gfx950": Device(5000e12, 2500e12, 1250e12, 7.5e12, 256),
+    "xpu:pvc": Device(800e12, 800e12, 400e12, 3.0e12, 128),
 }
 _BY_KIND = {"cuda": "cuda:sm90", "rocm": "rocm:gfx942", "xpu": "xpu:pvc"}
 
 #: Shares of the peak that the two products reach, by head size at most: cuDNN's forward, our Triton forward.
 _CUDNN = ((64, 0.45), (128, 0.61), (512, 0.66))
 _TRITON = ((64, 0.42), (128, 0.46), (256, 0.50), (512, 0.12))
+#: Where both products are of float8, value's columns contiguous; what its transpose saves is in the price tables.
+_TRITON_FLOAT8 = ((64, 0.12), (128, 0.154), (256, 0.154), (512, 0.06))
 #: Backward: operations are 2.5 times the forward's, at this share of the forward's rate.
 _CUDNN_BACKWARD, _TRITON_BACKWARD = 0.87, 0.80
 #: In forwards, the gradient of a captured tensor that varies along rows and keys.
@@ -66,7 +72,8 @@ def device_of(target: Target) -> Device:
 
 def triton(problem: Problem, target: Target) -> float:
     """Seconds of :mod:`attnfuse.kernels.triton`."""
-    share = _share(_TRITON, problem)
+    scores, values = _types(problem, target)
+    share = _share(_TRITON_FLOAT8 if scores.itemsize == values.itemsize == 1 else _TRITON, problem)
     share *= 1.0 if not problem.captured_bytes else 0.7
     work = problem.flops + _TANH * problem.scores * problem.count("tanh")
     return _fused(problem, target, work, share, _TRITON_BACKWARD)
@@ -83,7 +90,7 @@ def _fused(problem: Problem, target: Target, work: float, share: float, backward
     # too few tiles of rows do not fill the processors
     programs = problem.heads * math.ceil(problem.rows / ROWS_OF_TILE)
     filled = min(1.0, programs / device.processors)
-    seconds = work * band.share(problem.rows, problem.keys, ROWS_OF_TILE) / (_peak(problem, device) * share * filled)
+    seconds = work * band.share(problem.rows, problem.keys, ROWS_OF_TILE) / (_peak(problem, target) * share * filled)
     forward = max(seconds, _bytes(problem) / device.bandwidth)
     step = 1.0 + 2.5 / backward if problem.training else 1.0
     step += _CAPTURED_BACKWARD if _captured_gradient(problem) else 0.0
@@ -98,7 +105,7 @@ def unfused(problem: Problem, target: Target) -> float:
     if problem.compiled and problem.plain:
         return cudnn(problem, target) + _UNFUSED_LAUNCHES - _OP
     device = device_of(target)
-    products = problem.flops / (_peak(problem, device) * _PRODUCTS)
+    products = problem.flops / (_peak(problem, target) * _PRODUCTS)
     passes = _PASSES_EAGER if not problem.compiled else _PASSES
     passes += _PASSES_TRAINING if problem.training else 0.0
     moved = passes * problem.scores * problem.query.dtype.itemsize + _bytes(problem)
@@ -111,8 +118,15 @@ def _share(table: tuple[tuple[int, float], ...], problem: Problem) -> float:
     return next((share for widest, share in table if width <= widest), table[-1][1])
 
 
-def _peak(problem: Problem, device: Device) -> float:
-    return device.half if problem.query.dtype in (torch.float16, torch.bfloat16) else device.tf32
+def _peak(problem: Problem, target: Target) -> float:
+    """Of both products together, which are taken to be of one size."""
+    device = device_of(target)
+    by_width = {1: device.float8, 2: device.half}
+    return 2.0 / sum(1.0 / by_width.get(dtype.itemsize, device.tf32) for dtype in _types(problem, target))
+
+
+def _types(problem: Problem, target: Target) -> tuple[torch.dtype, torch.dtype]:
+    return product_types(problem.spec, problem.query.dtype, problem.key.dtype, problem.value.dtype, target)
 
 
 def _bytes(problem: Problem) -> int:

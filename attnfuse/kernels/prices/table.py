@@ -13,6 +13,7 @@ import torch
 
 from attnfuse.cache import believed, folder
 from attnfuse.errors import BadInput
+from attnfuse.kernels.float8 import product_types
 from attnfuse.kernels.problem import Problem
 from attnfuse.target import Target
 
@@ -49,9 +50,13 @@ class Table:
 
 
 def factor(kernel: str, problem: Problem, target: Target) -> float:
-    """A kernel's time with the problem's layouts over its time with all operands d-minor."""
+    """A kernel's time with the problem's layouts over its time with all operands d-minor.
+
+    What counts is the type that value is multiplied in.
+    """
     by_dtype = prices_of(target).factors.get(kernel, {})
-    name = str(problem.value.dtype).removeprefix("torch.")
+    query, key, value = problem.query.dtype, problem.key.dtype, problem.value.dtype
+    name = str(product_types(problem.spec, query, key, value, target)[1]).removeprefix("torch.")
     known = by_dtype.get(name) or by_dtype.get(name.partition("_")[0], {})
     return math.prod(known.get(name, 1.0) for name, minor in problem.minors.items() if minor == "n")
 

@@ -82,7 +82,7 @@ def load_keys(
 
 @triton.jit
 def load_value(source, at, where, first, keys, EDGE: tl.constexpr, PLAN: tl.constexpr):
-    """A tile of value, ``[PLAN.keys, PLAN.value_padded]``, also where it lies transposed."""
+    """A tile of value, ``[PLAN.keys, PLAN.value_padded]``, also where it lies transposed, in the type of weights."""
     if PLAN.descriptors and PLAN.value_minor == "n":
         if PLAN.batch > 1:
             tile = source.load([where[0], where[1], where[2], 0, first]).reshape(PLAN.value_padded, PLAN.keys).trans()
@@ -90,7 +90,7 @@ def load_value(source, at, where, first, keys, EDGE: tl.constexpr, PLAN: tl.cons
             tile = source.load([where[0], where[2], 0, first]).reshape(PLAN.value_padded, PLAN.keys).trans()
     else:
         tile = load_keys(source, at, where, first, keys, PLAN.value_width, PLAN.value_padded, EDGE, PLAN)
-    return tile
+    return tile.to(PLAN.weight_type)
 
 
 @triton.jit
@@ -115,11 +115,11 @@ def programmed(s, b, h, m, first, keys, scope, CORE: tl.constexpr, PLAN: tl.cons
 
 
 @triton.jit
-def powers(u, top, PLAN: tl.constexpr):
-    """``2 ** (exponent * (u - top))``; by a single multiply-add where no product overflows."""
+def powers(u, top, PLAN: tl.constexpr, HEADROOM: tl.constexpr = 0.0):
+    """``2 ** (exponent * (u - top) + HEADROOM)``; by a single multiply-add where no product overflows."""
     if PLAN.huge:
-        return tl.exp2((u - top) * PLAN.exponent)
-    return tl.exp2(u * PLAN.exponent - top * PLAN.exponent)
+        return tl.exp2((u - top) * PLAN.exponent + HEADROOM)
+    return tl.exp2(u * PLAN.exponent - (top * PLAN.exponent - HEADROOM))
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def softmax_step(u, top, total, PLAN: tl.constexpr):
     highest = tl.maximum(top, tl.max(u, 1))
     # a row of nothing but -inf so far has no maximum to subtract
     base = tl.where(highest == -float("inf"), 0.0, highest)
-    weight = powers(u, base[:, None], PLAN)
+    weight = powers(u, base[:, None], PLAN, PLAN.headroom)
     shrink = powers(top, base, PLAN)
     return weight, shrink, highest, total * shrink + tl.sum(weight, 1)
 
@@ -143,6 +143,15 @@ def dropped(weight, bits, first, PLAN: tl.constexpr):
 
 
 @triton.jit
+def weighed(weight, b, h, m, bits, first, keys, scope, PLAN: tl.constexpr):
+    """What multiplies a tile of value: weights after the part of their program that varies along the keys."""
+    if PLAN.key_factor is not None:
+        n = tl.minimum((first + tl.arange(0, PLAN.keys))[None, :], keys - 1)
+        weight = weight * PLAN.key_factor(weight, weight, b, h, m, n, *scope)
+    return dropped(weight, bits, first, PLAN).to(PLAN.weight_type)
+
+
+@triton.jit
 def walk(
     acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits, first, last, keys, scope,
     CORE: tl.constexpr, PLAN: tl.constexpr,
@@ -150,11 +159,11 @@ def walk(
     """Adds the keys ``first..last-1`` to the sums of a tile of rows."""
     for n0 in tl.range(first, last, PLAN.keys, num_stages=PLAN.stages):
         k = load_keys(key, k_at, where, n0, keys, PLAN.width, PLAN.padded, not CORE and not PLAN.even, PLAN)
-        u = logits(q, k, b, h, m, n0, keys, scope, CORE, PLAN)
+        u = logits(q, k.to(PLAN.score_type), b, h, m, n0, keys, scope, CORE, PLAN)
         weight, shrink, top, total = softmax_step(u, top, total, PLAN)
         acc = acc * shrink[:, None]
         v = load_value(value, v_at, where, n0, keys, not CORE and not PLAN.even, PLAN)
-        weight = dropped(weight, bits, n0, PLAN).to(v.dtype)
+        weight = weighed(weight, b, h, m, bits, n0, keys, scope, PLAN)
         acc = tl.dot(weight, v, acc, input_precision=PLAN.precision)
     return acc, top, total
 
@@ -166,18 +175,18 @@ def walk_ahead(
 ):  # fmt: skip
     """:func:`walk` inside the band, the next product of query and key started before this tile's softmax."""
     if first < last:
-        k = load_keys(key, k_at, where, first, keys, PLAN.width, PLAN.padded, False, PLAN)
+        k = load_keys(key, k_at, where, first, keys, PLAN.width, PLAN.padded, False, PLAN).to(PLAN.score_type)
         s = tl.dot(q, k.trans(), input_precision=PLAN.precision)
         for n0 in tl.range(first, last, PLAN.keys, num_stages=PLAN.stages):
             # the last tile is multiplied once more, for nothing
             n1 = tl.minimum(n0 + PLAN.keys, last - PLAN.keys)
-            k = load_keys(key, k_at, where, n1, keys, PLAN.width, PLAN.padded, False, PLAN)
+            k = load_keys(key, k_at, where, n1, keys, PLAN.width, PLAN.padded, False, PLAN).to(PLAN.score_type)
             ahead = tl.dot(q, k.trans(), input_precision=PLAN.precision)
             u = programmed(s, b, h, m, n0, keys, scope, True, PLAN)
             weight, shrink, top, total = softmax_step(u, top, total, PLAN)
             acc = acc * shrink[:, None]
             v = load_value(value, v_at, where, n0, keys, False, PLAN)
-            weight = dropped(weight, bits, n0, PLAN).to(v.dtype)
+            weight = weighed(weight, b, h, m, bits, n0, keys, scope, PLAN)
             acc = tl.dot(weight, v, acc, input_precision=PLAN.precision)
             s = ahead
     return acc, top, total
@@ -191,16 +200,16 @@ def walk_behind(
     """:func:`walk` inside the band, weights multiplied with value one tile late."""
     if first < last:
         v = load_value(value, v_at, where, first, keys, False, PLAN)
-        late = tl.full([PLAN.rows, PLAN.keys], 0.0, v.dtype)
+        late = tl.full([PLAN.rows, PLAN.keys], 0.0, tl.float32).to(PLAN.weight_type)
         for n0 in tl.range(first, last, PLAN.keys, num_stages=PLAN.stages):
-            k = load_keys(key, k_at, where, n0, keys, PLAN.width, PLAN.padded, False, PLAN)
+            k = load_keys(key, k_at, where, n0, keys, PLAN.width, PLAN.padded, False, PLAN).to(PLAN.score_type)
             s = tl.dot(q, k.trans(), input_precision=PLAN.precision)
             v = load_value(value, v_at, where, tl.maximum(n0 - PLAN.keys, first), keys, False, PLAN)
             acc = tl.dot(late, v, acc, input_precision=PLAN.precision)
             u = programmed(s, b, h, m, n0, keys, scope, True, PLAN)
             weight, shrink, top, total = softmax_step(u, top, total, PLAN)
             acc = acc * shrink[:, None]
-            late = dropped(weight, bits, n0, PLAN).to(v.dtype)
+            late = weighed(weight, b, h, m, bits, n0, keys, scope, PLAN)
         v = load_value(value, v_at, where, last - PLAN.keys, keys, False, PLAN)
         acc = tl.dot(late, v, acc, input_precision=PLAN.precision)
     return acc, top, total
@@ -233,7 +242,7 @@ def spans(tile, rows, keys, band, PLAN: tl.constexpr):
 @triton.jit
 def log_sums(top, total, PLAN: tl.constexpr):
     """The natural log of each row's sum."""
-    return tl.where(top == -float("inf"), top, top * PLAN.factor + tl.log2(total) * LN2)
+    return tl.where(top == -float("inf"), top, top * PLAN.factor + (tl.log2(total) - PLAN.headroom) * LN2)
 
 
 @triton.jit
@@ -265,6 +274,7 @@ def row_tile(
         h = (head % in_batch).to(tl.int64)
     q_rows = query + (b[0] * q_at[0] + b[1] * q_at[1] + h * q_at[2] + m.to(tl.int64) * q_at[3])
     q = tl.load(q_rows + (d * q_at[4])[None, :], mask=inside & (d < PLAN.width)[None, :], other=0.0)
+    q = q.to(PLAN.score_type)
     if not PLAN.descriptors:
         key = key + (b[0] * k_at[0] + b[1] * k_at[1] + hk.to(tl.int64) * k_at[2])
         value = value + (b[0] * v_at[0] + b[1] * v_at[1] + hk.to(tl.int64) * v_at[2])
@@ -278,7 +288,7 @@ def row_tile(
         top = tl.reshape(tl.broadcast_to(u + m * 0.0, [PLAN.rows, 1]), [PLAN.rows])
         if PLAN.splits > 1:
             top = tl.where(split == 0, top, -float("inf"))
-        total = tl.where(top == -float("inf"), 0.0, 1.0)
+        total = tl.where(top == -float("inf"), 0.0, PLAN.sink_weight)
     bits = m
     if PLAN.dropout > 0.0:
         bits = row_bits(tl.load(seed), b, h, m, PLAN)
@@ -314,6 +324,8 @@ def row_tile(
         acc, top, total = walk(acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits,
                                after, tl.where(dead, keys, after), keys, scope, False, PLAN)  # fmt: skip
 
+    if PLAN.row_factor is not None:
+        acc = acc * PLAN.row_factor(m * 0.0, m * 0.0, b, h, m, m, *scope)
     flat = ((b[0] * b1_size + b[1]) * heads + h) * rows + m
     if PLAN.splits > 1:
         tops, totals, sums = partial

@@ -10,8 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attnfuse.kernels.float8 import readable
 from attnfuse.kernels.gpu import cost
 from attnfuse.kernels.kernel import Kernel, Residual
+from attnfuse.kernels.prices import factor
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel
 from attnfuse.kernels.schedule import Schedule
@@ -19,10 +21,10 @@ from attnfuse.kernels.triton.differentiating import differentiable
 from attnfuse.kernels.triton.gradients import Gradients
 from attnfuse.kernels.triton.launch import attend
 from attnfuse.kernels.triton.neighbours import neighbours
-from attnfuse.kernels.triton.planning import NAME
+from attnfuse.kernels.triton.planning import NAME, weight_factor
 from attnfuse.kernels.triton.text import untranslatable
-from attnfuse.reference import attention
-from attnfuse.score import P
+from attnfuse.reference import attention, is_float8
+from attnfuse.score import P, text
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
@@ -44,11 +46,11 @@ class Triton(Kernel):
 
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
         """What its body does not compute."""
-        return (*_programs(problem), *_operands(problem), *_installed())
+        return (*_programs(problem), *_operands(problem, target), *_installed())
 
     def cost(self, problem: Problem, target: Target) -> float:
-        """See :mod:`attnfuse.kernels.gpu.cost`."""
-        return cost.triton(problem, target)
+        """See :mod:`attnfuse.kernels.gpu.cost`; value is wanted transposed where it is multiplied as float8."""
+        return cost.triton(problem, target) * factor(self.name, problem, target)
 
     def schedules(self, problem: Problem, target: Target) -> tuple[Schedule, ...]:
         """Those near the table's."""
@@ -124,9 +126,11 @@ def _installed() -> tuple[str, ...]:
 
 def _programs(problem: Problem) -> tuple[str, ...]:
     spec = problem.spec
-    programs = (spec.score, *(() if spec.sink is None else (spec.sink,)))
+    by = weight_factor(spec.weight)
+    programs = (spec.score, *(() if spec.sink is None else (spec.sink,)), *(() if by is None else (by,)))
     reasons = [
-        (spec.weight != P, "has no weight program"),
+        (by is None, f"has no weight program such as {text(spec.weight)}"),
+        (problem.training and spec.weight != P, "has no backward of a weight program"),
         (spec.batch > BATCHES, f"has {BATCHES} batch axes at most, not {spec.batch}"),
     ]
     texts = (*programs, *(differentiable(spec) if problem.training else ()))
@@ -136,13 +140,21 @@ def _programs(problem: Problem) -> tuple[str, ...]:
     )
 
 
-def _operands(problem: Problem) -> tuple[str, ...]:
+def _operands(problem: Problem, target: Target) -> tuple[str, ...]:
     query, key, value = problem.query, problem.key, problem.value
     dtypes = {x.dtype for x in (query, key, value)}
+    narrow = {dtype for dtype in dtypes if is_float8(dtype)}
+    wide = dtypes - narrow
     captured = {each.dtype for each in problem.spec.captures} - set(CAPTURED)
     reasons = [
-        (len(dtypes) > 1 or not dtypes <= set(DTYPES), "needs operands of one dtype: float32, bfloat16 or float16"),
+        (len(wide) > 1 or not wide <= set(DTYPES), "needs operands of one dtype: float32, bfloat16 or float16"),
+        (not narrow <= readable(target), f"reads no {', '.join(map(_name, narrow - readable(target)))} there"),
+        (bool(narrow) and problem.training, "has no backward of float8"),
         (max(query.shape[-1], value.shape[-1]) > WIDEST, f"has heads of {WIDEST} at most"),
         (bool(captured), f"reads no captures of {', '.join(sorted(captured))}"),
     ]
     return tuple(reason for holds, reason in reasons if holds)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

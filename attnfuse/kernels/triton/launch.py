@@ -17,7 +17,7 @@ from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton.memory import Memory, capture_strides, memory_of
 from attnfuse.kernels.triton.plan import Plan
 from attnfuse.kernels.triton.planning import plan_of, precision_of
-from attnfuse.reference import seed_of
+from attnfuse.reference import out_dtype, seed_of
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
@@ -42,7 +42,8 @@ def attend(
     from attnfuse.kernels.triton.forward import forward, merge  # noqa: PLC0415 - Triton is imported when it is launched
 
     *batch, heads, rows, _ = query.shape
-    out = value.new_empty((*batch, rows, heads, value.shape[-1])).transpose(-3, -2)
+    dtype = out_dtype(spec, value.dtype)
+    out = value.new_empty((*batch, rows, heads, value.shape[-1]), dtype=dtype).transpose(-3, -2)
     lse = query.new_empty((*batch, heads, rows) if with_lse else 0, dtype=torch.float32)
     launch = prepare(spec, query, key, value, captures, symbols, out, lse, schedule)
     with on_device(query.device):
@@ -142,7 +143,7 @@ def prepare(
     named = tuple(captures[: len(spec.captures)])
     known = _geometry(
         spec, tuple(map(memory_of, (query, key, value, out))), tuple(map(memory_of, named)), tuple(symbols),
-        schedule, lse.numel() > 0, target or _target(query.device), precision_of(query.dtype),
+        schedule, lse.numel() > 0, target or _target(query.device), precision_of(out.dtype),
     )  # fmt: skip
     plan = known.plan
     asked, partial = lse if plan.with_lse else None, _partial(query, value, plan.splits)

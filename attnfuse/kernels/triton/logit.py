@@ -55,9 +55,9 @@ def logit_of(spec: AttentionSpec, *, rows_kept: bool = False) -> Logit:
     masked, core = (rewrite(program, _one_constant) for program in (spec.score, _inside(spec)))
     if _may_be_huge(spec):
         return Logit(1.0, masked, core, huge=True)
-    # a mask is outermost and its fill no factor, so the program without its mask scales alike
-    (factor, masked), (_, core) = (_factored(each, spec.captures) for each in (masked, core))
-    return Logit(factor, masked, core, huge=False)
+    # a mask is outermost and its fill no factor, so the program without its mask scales alike, if it is spelt alike
+    (factor, in_mask), (same, inside) = (_factored(each, spec.captures) for each in (masked, core))
+    return Logit(factor, in_mask, inside, huge=False) if factor == same else Logit(1.0, masked, core, huge=False)
 
 
 def _inside(spec: AttentionSpec) -> Expr:

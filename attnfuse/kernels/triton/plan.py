@@ -23,7 +23,9 @@ class Plan:
     computed as. ``groups`` query heads share a key head; ``packed`` puts them into one tile of rows. ``left`` and
     ``right`` say that the mask's band is closed on that side, ``rest`` that rows which keep no key must see the
     keys outside of it too, where no logit is above ``floor``. ``even`` says that tiles divide the keys. ``wide``
-    are 64-bit offsets within a tile.
+    are 64-bit offsets within a tile. Weights are multiplied by ``key_factor_program`` in the tile and by
+    ``row_factor_program`` when a row is done; query is multiplied with key as ``scores``, weights with value as
+    ``weights``, names of types. Weights in the loop are at most ``2 ** headroom``.
     """
 
     schedule: Schedule
@@ -52,6 +54,11 @@ class Plan:
     with_lse: bool
     fast: bool
     wide: bool
+    key_factor_program: Expr | None
+    row_factor_program: Expr | None
+    scores: str
+    weights: str
+    headroom: float
 
     @property
     def rows(self) -> int:
@@ -118,6 +125,31 @@ class Plan:
         """The program of the sink, or None."""
         return self._function(self.sink_program)
 
+    @cached_property
+    def key_factor(self) -> Any:
+        """What weights are multiplied by that varies along the keys, or None."""
+        return self._function(self.key_factor_program)
+
+    @cached_property
+    def row_factor(self) -> Any:
+        """What rows of the result are multiplied by, or None."""
+        return self._function(self.row_factor_program)
+
+    @property
+    def sink_weight(self) -> float:
+        """The weight of a row's maximum."""
+        return float(2.0**self.headroom)
+
+    @cached_property
+    def score_type(self) -> Any:
+        """The type in which query and key are multiplied."""
+        return _triton_type(self.scores)
+
+    @cached_property
+    def weight_type(self) -> Any:
+        """The type in which weights and value are multiplied."""
+        return _triton_type(self.weights)
+
     def _function(self, program: Expr | None) -> Any:
         # Triton is there when a kernel is launched, not before
         from attnfuse.kernels.triton.program import jit_function  # noqa: PLC0415
@@ -148,6 +180,12 @@ class Plan:
     def cache_key(self) -> str:
         """What Triton's cache on disk knows the plan by."""
         return self._digest
+
+
+def _triton_type(name: str) -> Any:
+    import triton.language as tl  # noqa: PLC0415 - Triton is imported when it is launched
+
+    return getattr(tl, name)
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from attnfuse.errors import BadProgram
 from attnfuse.form import ABSORBING, form_of
+from attnfuse.kernels.float8 import HEADROOM, product_types
 from attnfuse.kernels.gpu.cost import device_of
 from attnfuse.kernels.measured import fastest_schedule
 from attnfuse.kernels.problem import Operand
@@ -19,15 +21,26 @@ from attnfuse.kernels.triton.logit import logit_of
 from attnfuse.kernels.triton.memory import Memory
 from attnfuse.kernels.triton.plan import Plan
 from attnfuse.kernels.triton.tables import Shape, schedule_for, with_splits
-from attnfuse.spec import AttentionSpec
+from attnfuse.score import Apply, Const, Expr, P, Prob, apply, text, walk
+from attnfuse.spec import AttentionSpec, axes_of
 from attnfuse.target import Target
 
-__all__ = ["NAME", "filled", "plan_of", "precision_of", "shipped"]
+__all__ = ["NAME", "filled", "plan_of", "precision_of", "shipped", "weight_factor"]
 
 #: What the kernel that plans are for is called.
 NAME = "triton"
 #: Rows below which the query heads that share a key head are put into one tile.
 PACKED_BELOW = 64
+#: Types by the language's names.
+_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float8_e4m3fn: "float8e4nv",
+    torch.float8_e5m2: "float8e5",
+    torch.float8_e4m3fnuz: "float8e4b8",
+    torch.float8_e5m2fnuz: "float8e5b16",
+}
 #: Rows of a tile at most that is bound by memory, so that exact products cost nothing.
 FEW = 16
 
@@ -57,6 +70,8 @@ def plan_of(
     band, form = masking_band(spec, symbols), form_of(spec.score)
     rows, keys, groups = query.shape[-2], key.shape[-2], query.shape[-3] // key.shape[-3]
     logit = logit_of(spec, rows_kept=rows_kept(spec, rows, keys, symbols))
+    scores, weights = product_types(spec, query.dtype, key.dtype, value.dtype, target)
+    in_tile, of_row = factors_of_weights(spec)
     packed = groups > 1 and rows <= PACKED_BELOW
     schedule = schedule or _chosen(spec, query, key, value, symbols, target)
     fill = float("-inf") if form is None else form.fill
@@ -74,7 +89,7 @@ def plan_of(
         packed=packed,
         width=query.shape[-1],
         value_width=value.shape[-1],
-        padded=_padded(query.shape[-1]),
+        padded=_padded(query.shape[-1], scores),
         value_padded=_padded(value.shape[-1]),
         value_minor="n" if value.strides[-1] != 1 and value.strides[-2] == 1 else "d",
         left=band.left is not None,
@@ -85,9 +100,38 @@ def plan_of(
         precision="ieee" if packed or rows <= FEW else precision,
         dropout=spec.dropout,
         with_lse=with_lse,
-        fast=query.dtype != torch.float32 and target.kind == "cuda",
+        fast=torch.float32 not in (scores, weights) and target.kind == "cuda",
         wide=any(keys * each.strides[-1] >= 2**31 for each in captures),
+        key_factor_program=in_tile,
+        row_factor_program=of_row,
+        scores=_NAMES[scores],
+        weights=_NAMES[weights],
+        headroom=HEADROOM.get(weights, 0.0),
     )
+
+
+def factors_of_weights(spec: AttentionSpec) -> tuple[Expr | None, Expr | None]:
+    """What weights are multiplied by, None for one: in the tile where it varies along the keys, else row by row.
+
+    Raises :class:`BadProgram` for another weight program.
+    """
+    factor = weight_factor(spec.weight)
+    if factor is None:
+        raise BadProgram(f"the body was asked for a weight program it refuses: {text(spec.weight)}")
+    if factor == Const(1.0):
+        return None, None
+    return (factor, None) if "n" in axes_of(factor, spec.captures) else (None, factor)
+
+
+def weight_factor(weight: Expr) -> Expr | None:
+    """What a weight program multiplies a weight by; None where it does something else."""
+    match weight:
+        case Prob():
+            return Const(1.0)
+        case Apply("mul", (factor, rest)) | Apply("mul", (rest, factor)) if P not in walk(factor):
+            inner = weight_factor(rest)
+            return None if inner is None else factor if inner == Const(1.0) else apply("mul", factor, inner)
+    return None
 
 
 def _chosen(
@@ -113,7 +157,8 @@ def shipped(
     """The schedule that the target's table has for operands, keys not yet split."""
     widths = _padded(query.shape[-1]), _padded(value.shape[-1])
     banded = not masking_band(spec, symbols).open
-    return schedule_for(target, Shape(*widths, query.dtype.itemsize, banded, _in_tiles(query, key)))
+    types = product_types(spec, query.dtype, key.dtype, value.dtype, target)
+    return schedule_for(target, Shape(*widths, max(each.itemsize for each in types), banded, _in_tiles(query, key)))
 
 
 def filled(
@@ -138,5 +183,6 @@ def _in_tiles(query: Memory | Operand, key: Memory | Operand) -> int:
     return rows * groups if rows <= PACKED_BELOW else rows
 
 
-def _padded(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())
+def _padded(width: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """A power of two that matrix units sum over: 16 at least, of elements of one byte 32."""
+    return max(32 if dtype.itemsize == 1 else 16, 1 << (width - 1).bit_length())

@@ -27,7 +27,13 @@ class Shape:
         return max(self.padded, self.value_padded)
 
 
-#: Head size at most, then the schedule; for two-byte elements.
+#: Head size at most, then the schedule; for elements of one byte, and of two.
+_HOPPER_FLOAT8 = (
+    (64, Schedule(rows=128, keys=128, loading="descriptor", warps=4, stages=3)),
+    (128, Schedule(rows=128, keys=128, loading="descriptor", warps=8, stages=3)),
+    (256, Schedule(rows=128, keys=64, loading="descriptor", warps=8, stages=2)),
+    (512, Schedule(rows=64, keys=32, loading="descriptor", warps=8, stages=1)),
+)
 _HOPPER = (
     (64, Schedule(rows=128, keys=64, loading="descriptor", warps=4, stages=3)),
     (128, Schedule(rows=64, keys=64, loading="descriptor", warps=4, stages=3)),
@@ -56,7 +62,8 @@ _PONTE_VECCHIO = (
     (128, Schedule(rows=128, keys=64, loading="descriptor", warps=16, stages=3).with_knobs(grf_mode="256")),
     (512, Schedule(rows=128, keys=32, loading="descriptor", warps=32, stages=2).with_knobs(grf_mode="256")),
 )
-#: By the beginning of ``str(target)``; the first that fits.
+#: By the beginning of ``str(target)``; the first that fits. Where elements have one byte there may be another.
+_FLOAT8 = (("cuda:sm9", _HOPPER_FLOAT8),)
 _TABLES = (
     ("cuda:sm10", _BLACKWELL),
     ("cuda:sm9", _HOPPER),
@@ -68,7 +75,8 @@ _TABLES = (
 
 def schedule_for(target: Target, shape: Shape) -> Schedule:
     """The schedule of a target for a shape; small tiles where elements have four bytes."""
-    table = next((rows for name, rows in _TABLES if str(target).startswith(name)), _AMPERE)
+    tables = (*_FLOAT8, *_TABLES) if shape.itemsize == 1 else _TABLES
+    table = next((rows for name, rows in tables if str(target).startswith(name)), _AMPERE)
     found = next(schedule for widest, schedule in table if shape.widest <= widest)
     if shape.itemsize > 2:
         found = _for_four_bytes(found, shape)

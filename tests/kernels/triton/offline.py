@@ -21,6 +21,7 @@ from attnfuse.kernels.kernel import Residual
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton import gradients
 from attnfuse.kernels.triton.launch import prepare
+from attnfuse.reference import out_dtype
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
@@ -103,15 +104,17 @@ class Sizes:
 
 
 def operands(
-    spec: AttentionSpec, sizes: Sizes, dtype: torch.dtype
+    spec: AttentionSpec, sizes: Sizes, dtype: torch.dtype, value_minor: str = "d"
 ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
     """Query, key, value and out, and captures; what is in them does not matter."""
 
     def made(heads: int, length: int, width: int) -> torch.Tensor:
         return torch.empty(sizes.batch, heads, length, width, dtype=dtype)
 
-    query, out = (made(sizes.heads, sizes.rows, width) for width in (sizes.width, sizes.value_width))
+    query = made(sizes.heads, sizes.rows, sizes.width)
     key, value = (made(sizes.kv_heads, sizes.keys, width) for width in (sizes.width, sizes.value_width))
+    value = value.mT.contiguous().mT if value_minor == "n" else value
+    out = made(sizes.heads, sizes.rows, sizes.value_width).to(out_dtype(spec, dtype))
     extent = dict(zip(spec.axes, (*query.shape[:-1], sizes.keys), strict=True))
     captures = [
         torch.empty([extent[axis] if axis in each.axes else 1 for axis in spec.axes], dtype=getattr(torch, each.dtype))
@@ -153,11 +156,12 @@ def compiled(
     dtype: torch.dtype = torch.bfloat16,
     *,
     with_lse: bool = False,
+    value_minor: str = "d",
 ) -> Compiled:
-    """The forward of ``spec`` for a target."""
+    """The forward of ``spec`` for a target, of operands of one dtype."""
     from attnfuse.kernels.triton.forward import forward
 
-    (query, key, value, out), captures = operands(spec, sizes, dtype)
+    (query, key, value, out), captures = operands(spec, sizes, dtype, value_minor)
     lse = torch.empty(query.shape[:-1] if with_lse else (0,), dtype=torch.float32)
     launch = prepare(spec, query, key, value, captures, (), out, lse, schedule, Target.parse(target))
     with absent(target):

@@ -12,7 +12,7 @@ import pytest
 
 from tests.repo.sources import ROOT
 
-CASES = Path(__file__).parent / "interpreted.py"
+CASES = ("interpreted.py", "interpreted_float8.py")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -26,7 +26,7 @@ def test_in_the_interpreter() -> None:
         "no:cacheprovider",
         "-W",
         "ignore::RuntimeWarning",
-        str(CASES),
+        *(str(Path(__file__).parent / name) for name in CASES),
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
