@@ -165,6 +165,8 @@ def describe(spec: AttentionSpec) -> str:
         words.append("empty rows zero")
     if spec.dropout:
         words.append(f"dropout {spec.dropout:g}")
+    words += ["float8 values"] if spec.out_dtype else []
+    words += ["float8 weights"] if spec.weight_dtype else []
     return ", ".join(words) or "plain"
 
 

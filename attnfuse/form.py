@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from attnfuse.score import Apply, Const, Expr, P, S, Score, apply, walk
+from attnfuse.score import Apply, Const, Expr, P, Prob, S, Score, apply, walk
 from attnfuse.spec import AttentionSpec
 
-__all__ = ["ABSORBING", "Form", "Mask", "form_of", "masked_by"]
+__all__ = ["ABSORBING", "Form", "Mask", "form_of", "masked_by", "weight_factor"]
 
 ONE = Const(1.0)
 
@@ -114,6 +114,17 @@ def masked_by(spec: AttentionSpec) -> Mask | None:
             return Mask(tuple(_conjuncts(mask)), float(value))
     form = form_of(spec.score)
     return None if form is None or not form.keep else Mask(form.keep, form.fill)
+
+
+def weight_factor(weight: Expr) -> Expr | None:
+    """What a weight program multiplies a weight by; None where it does something else."""
+    match weight:
+        case Prob():
+            return Const(1.0)
+        case Apply("mul", (factor, rest)) | Apply("mul", (rest, factor)) if P not in walk(factor):
+            inner = weight_factor(rest)
+            return None if inner is None else factor if inner == Const(1.0) else apply("mul", factor, inner)
+    return None
 
 
 def _reads_score(expr: Expr) -> bool:

@@ -75,9 +75,14 @@ class Problem:
         return out_dtype(self.spec, self.value.dtype) if is_float8(self.query.dtype) else self.query.dtype
 
     @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        """Of query, key and value."""
+        return self.query.dtype, self.key.dtype, self.value.dtype
+
+    @property
     def widened(self) -> Problem:
         """The problem of the written-out program, which multiplies no float8."""
-        if not any(is_float8(x.dtype) for x in (self.query, self.key, self.value)):
+        if not any(map(is_float8, self.dtypes)):
             return self
         return replace(self, **{name: replace(getattr(self, name), dtype=self.dtype) for name in self.minors})
 

@@ -15,7 +15,7 @@ from attnfuse.graph.strides import matters
 from attnfuse.graph.weightless import strides_of
 from attnfuse.kernels.prices import Table
 from attnfuse.passes.place.problem import IMPOSSIBLE, Price, Problem, Value, other
-from attnfuse.passes.place.reading import Copies, Gathers, Stops, Views, Writes
+from attnfuse.passes.place.reading import Copies, Gathers, Passes, Stops, Views, Writes
 from attnfuse.passes.place.region import Held, Walk, copies
 from attnfuse.passes.site import Demand
 
@@ -62,12 +62,17 @@ def extract(
     gone: Collection[Node],
     place_of: Callable[[Node], Node | None],
     table: Table,
+    *,
+    compiled: bool = False,
 ) -> tuple[Region, ...]:
-    """The regions that the demands' operands come from. ``gone`` are nodes that will not be there any more."""
+    """The regions that the demands' operands come from. ``gone`` are nodes that will not be there any more.
+
+    In a graph that is ``compiled`` the last of some pointwise operations writes a copy in one pass with its result.
+    """
     walk = Walk(graph, place_of).run(demands)
     if walk.stuck:
         walk = min(walk, Walk(graph, place_of, batched=True).run(demands), key=lambda each: each.stuck)
-    writer = _Writer(walk.held, gone, table)
+    writer = _Writer(walk.held, gone, table, compiled)
     for held in walk.held.values():
         writer.add_held(held)
     for demand in demands:
@@ -78,8 +83,11 @@ def extract(
 class _Writer:
     """Writes values one after another; each is known by its node, or by what it stands for."""
 
-    def __init__(self, held: dict[Node, Held], gone: Collection[Node], table: Table) -> None:
+    def __init__(self, held: dict[Node, Held], gone: Collection[Node], table: Table, compiled: bool) -> None:
         self._held, self._table = held, table
+        passing = [each for each in held.values() if isinstance(each.reading, Passes)]
+        within = {source for each in passing for source in each.reading.sources}
+        self._copied_in_passing = {each.node for each in passing if each.node not in within} if compiled else set()
         # what stops the walk may still hand on how its operands lie
         self._ignored = {*gone, *(node for node, each in held.items() if not isinstance(each.reading, Stops))}
         self._at: dict[Hashable, int] = {}
@@ -104,8 +112,7 @@ class _Writer:
 
     def _gathered(self, source: Node, held: Held) -> Hashable:
         part = Gathered(source, held.node)
-        size, dtype = math.prod(facts.hint(source)), facts.dtype(source)
-        slower = self._table.copy_seconds(size, dtype) - self._table.pass_seconds(size, dtype)
+        slower = self._slower(source)
         today = self._held[source].today
         self._add(part, part, Price(), [], [source], today, Price(slower, slower))
         return part
@@ -142,12 +149,23 @@ class _Writer:
         copy: Price | None = None,
     ) -> None:
         if copy is None and not isinstance(part, (Demand, Outside)):
-            seconds = self._table.copy_seconds(math.prod(facts.hint(part.node)), facts.dtype(part.node))
+            seconds = self._copied(part)
             copy = Price(seconds, seconds)
         before, beside = (tuple(self._at[source] for source in sources) for sources in (reads, tied))
         self._at[key] = len(self._values)
         self._parts.append(part)
         self._values.append(Value(_name(part), price, copy or Price(), before, beside, today))
+
+    def _copied(self, part: Held | Gathered) -> float:
+        """Seconds of a copy in the other layout."""
+        if isinstance(part, Held) and part.node in self._copied_in_passing:
+            return self._slower(part.node)
+        return self._table.copy_seconds(math.prod(facts.hint(part.node)), facts.dtype(part.node))
+
+    def _slower(self, node: Node) -> float:
+        """What it takes longer to write a value across the order it is read in."""
+        size, dtype = math.prod(facts.hint(node)), facts.dtype(node)
+        return max(self._table.copy_seconds(size, dtype) - self._table.pass_seconds(size, dtype), 0.0)
 
     def components(self) -> list[tuple[tuple[Part, ...], Problem]]:
         """The values that hang together, as problems of their own."""

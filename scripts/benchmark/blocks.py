@@ -25,16 +25,18 @@ from torch.fx import GraphModule
 
 from attnfuse import fuse_graph
 from attnfuse.graph.text import render
-from attnfuse.passes.place import Decision, Region, fixed_rules
+from attnfuse.kernels import Problem
+from attnfuse.passes.lower import Prices
+from attnfuse.passes.place import IMPOSSIBLE, Decision, Labels, Region, fixed_rules
 from benchmark.block_programs import BLOCKS, Block, Kit, Sizes
 from benchmark.targets import Target
 
 __all__ = ["RULES", "BlockRow", "as_table", "measure_block", "measure_blocks", "targets"]
 
 KERNEL = "triton"
-#: What bench calls the rules of :func:`attnfuse.passes.place.fixed_rules`; the first is no rule.
-RULES = {"solver": "", "never propagate": "fold", "always copy": "copy", "always propagate": "propagate"}
-ROUNDS, CALLS = 7, 2
+#: In the order they are measured; the first is no rule.
+RULES = ("solver", "never propagate", "always copy", "always propagate")
+ROUNDS, CALLS = 10, 2
 #: How much slower than the best rule the solver's layouts may be measured.
 NOISE = 1.02
 
@@ -63,16 +65,30 @@ class Forced(Decision):
 
 @contextmanager
 def placed_by(rule: str) -> Iterator[None]:
-    """Lets a fixed rule decide, or the solver where it has no name."""
-    if not rule:
+    """Lets a fixed rule decide, which takes value to be wanted transposed whatever a kernel says, or the solver."""
+    if rule == "solver":
         yield
         return
 
     def decide(region: Region) -> Decision:
-        return Forced(region, fixed_rules(region)[rule])
+        return Forced(region, _labels(rule, region))
 
-    with patch("attnfuse.layouts.decide", decide):
+    def prices(self: Prices, problem: Problem, names: Sequence[str]) -> tuple[float, float]:
+        return (2.0, 1.0) if "value" in names else (1.0, 1.0)
+
+    with patch("attnfuse.layouts.decide", decide), patch.object(Prices, "of", prices):
         yield
+
+
+def _labels(rule: str, region: Region) -> Labels:
+    today = region.problem.today
+    match rule:
+        case "always copy":
+            return fixed_rules(region)["copy"]
+        case "always propagate":
+            able = (value.price.n < IMPOSSIBLE for value in region.problem.values)
+            return tuple("n" if can else was for can, was in zip(able, today, strict=True))
+    return today
 
 
 @dataclass
@@ -108,8 +124,8 @@ def measure_block(
     layout_of: dict[str, str] = {}
     calls: dict[int, Callable[[], object]] = {}
     outs: dict[int, Tensor] = {}
-    for name, rule in RULES.items():
-        call = torch.compile(program, backend=partial(compiled.backend, rule), fullgraph=True, dynamic=False)
+    for name in RULES:
+        call = torch.compile(program, backend=partial(compiled.backend, name), fullgraph=True, dynamic=False)
         with torch.inference_mode():
             found = call(x, weights)
         graph_of[name], layout_of[name] = list(compiled.known).index(compiled.text), compiled.layout
@@ -122,7 +138,9 @@ def measure_block(
 
 
 def interleaved(calls: dict[int, Callable[[], object]]) -> dict[int, float]:
-    rounds = [{graph: _seconds(call) for graph, call in calls.items()} for _ in range(ROUNDS)]
+    """Seconds of each call; every other round runs backwards, since what follows a hot call runs slower."""
+    turns = (list(calls.items())[:: 1 if turn % 2 else -1] for turn in range(ROUNDS))
+    rounds = [{graph: _seconds(call) for graph, call in turn} for turn in turns]
     return {graph: statistics.median(each[graph] for each in rounds) for graph in calls}
 
 
@@ -170,7 +188,7 @@ def targets(rows: Sequence[BlockRow]) -> list[Target]:
     """The solver's layouts are the fastest or equal, and each fixed rule is wrong somewhere."""
     worst = max(rows, key=_ratio)
     found = [Target("solver / best rule, worst block", _ratio(worst), NOISE, where=f"{worst.block}, {worst.dtype}")]
-    for rule in list(RULES)[1:]:
+    for rule in RULES[1:]:
         row = max(rows, key=lambda each, rule=rule: each.milliseconds[rule] / each.milliseconds["solver"])  # type: ignore[misc]
         ratio = row.milliseconds[rule] / row.milliseconds["solver"]
         where = f"{row.block}, {row.dtype}"

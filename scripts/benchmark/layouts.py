@@ -25,7 +25,12 @@ from benchmark.table import machine
 __all__ = ["LAYOUT_DEVICES", "as_rows", "measure_layouts", "write"]
 
 _OPERANDS = ("query", "key", "value")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Of float8 both products, the weights rounded.
+_FLOAT8 = AttentionSpec(weight_dtype="float8_e4m3fn", out_dtype="bfloat16")
+_SPECS = {
+    **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), AttentionSpec()),
+    torch.float8_e4m3fn: _FLOAT8,
+}
 _COPIED = (torch.int8, torch.bfloat16, torch.float32, torch.float64)
 #: Batch, heads, keys, head size of attention.
 _SIZES = {"cpu": (1, 8, 512, 64), "cuda": (8, 16, 8192, 128), "xpu": (4, 16, 4096, 128)}
@@ -44,7 +49,9 @@ def measure_layouts(device: str, *, quick: bool) -> Table:
     batch, heads, keys, size = sizes
     copied = (batch, heads, keys if quick else keys * _LONGER[device], size)
     with torch.inference_mode():
-        copy = {str(dtype.itemsize): _bandwidth(_made(device, copied, dtype), _turned) for dtype in _COPIED}
+        # in a graph that is compiled, so are copies
+        turn = _turned if device == "cpu" else torch.compile(_turned, dynamic=False)
+        copy = {str(dtype.itemsize): _bandwidth(_made(device, copied, dtype), turn) for dtype in _COPIED}
         stream = _bandwidth(_made(device, copied, torch.float32), torch.clone)
         timed = {name: _factors(kernel, target, device, sizes) for name, kernel in kernels().items()}
         factors = {name: found for name, found in timed.items() if found}
@@ -71,10 +78,10 @@ def _bandwidth(tensor: Tensor, copy: Callable[[Tensor], Tensor]) -> float:
 def _factors(kernel: Kernel, target: Target, device: str, sizes: tuple[int, ...]) -> dict[str, dict[str, float]]:
     """By dtype and operand, where a kernel notices the layout at all."""
     found: dict[str, dict[str, float]] = {}
-    for dtype in _DTYPES:
+    for dtype, spec in _SPECS.items():
         operand = Operand(sizes, dtype)
         # kernels run here on their own, and not in a graph that is compiled
-        problem = Problem(AttentionSpec(), operand, operand, operand, rows_kept=True, compiled=False)
+        problem = Problem(spec, operand, operand, operand, rows_kept=True, compiled=False)
         if target.kind in kernel.devices and not kernel.refuses(problem, target):
             ratios = _ratios(kernel, [_made(device, sizes, dtype) for _ in _OPERANDS], problem.spec)
             noticed = {name: round(ratio, 2) for name, ratio in ratios.items() if abs(ratio - 1) > _NOISE}

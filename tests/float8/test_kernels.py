@@ -83,15 +83,18 @@ def test_who_reads_float8() -> None:
 
 def test_the_types_of_products() -> None:
     hopper, ampere = Target.parse("cuda:sm90"), Target.parse("cuda:sm80")
-    rounded, exactly = SPECS["rounded"], SPECS["float32"]
-    assert product_types(rounded, E4M3, E4M3, E4M3, hopper) == (E4M3, E4M3)
-    assert product_types(rounded, E4M3, E4M3, E4M3, Target.parse("rocm:gfx942")) == (torch.bfloat16, torch.bfloat16)
+    rounded, every, half = SPECS["rounded"], (E4M3, E4M3, E4M3), torch.bfloat16
+    assert product_types(rounded, every, hopper) == (E4M3, E4M3)
+    assert product_types(rounded, every, Target.parse("rocm:gfx942")) == (half, half)
+    # rows of values that are not turned are widened
+    assert product_types(rounded, every, hopper, "d") == (E4M3, half)
+    assert product_types(rounded, every, Target.parse("rocm:gfx950"), "d") == (E4M3, E4M3)
     # weights are as exact as the program's, and so are sums
-    assert product_types(SPECS["scales"], E4M3, E4M3, E4M3, hopper) == (E4M3, torch.bfloat16)
-    assert product_types(exactly, E4M3, E4M3, E4M3, hopper) == (torch.bfloat16, torch.float32)
-    assert product_types(rounded, torch.float16, E4M3, E4M3, hopper) == (torch.float16, E4M3)
-    assert product_types(rounded, E5M2, E4M3, E5M2, hopper) == (torch.bfloat16, torch.bfloat16)
-    assert product_types(AttentionSpec(), *[torch.float32] * 3, ampere) == (torch.float32, torch.float32)
+    assert product_types(SPECS["scales"], every, hopper) == (E4M3, half)
+    assert product_types(SPECS["float32"], every, hopper) == (half, torch.float32)
+    assert product_types(rounded, (torch.float16, E4M3, E4M3), hopper) == (torch.float16, E4M3)
+    assert product_types(rounded, (E5M2, E4M3, E5M2), hopper) == (half, half)
+    assert product_types(AttentionSpec(), (torch.float32,) * 3, ampere) == (torch.float32, torch.float32)
     assert readable(ampere) == set()
 
 

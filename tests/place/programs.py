@@ -39,6 +39,12 @@ def through_a_cast(q: Tensor, k: Tensor, x: Tensor, w: Tensor) -> Tensor:
     return attend(q, k, heads(F.linear(x, w)).to(torch.float32).to(q.dtype))
 
 
+def through_quantisation(q: Tensor, k: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """The fused node reads the float8 tensor."""
+    v8 = (heads(F.linear(x, w)) / 2).to(torch.float8_e4m3fn)
+    return attend(q, k, v8.to(q.dtype) * 2)
+
+
 def through_repeated_heads(q: Tensor, k: Tensor, x: Tensor, w: Tensor) -> Tensor:
     k, v = (part[:, :, None].expand(B, H // 2, 2, -1, D).reshape(B, H, -1, D) for part in (k, heads(F.linear(x, w), 2)))
     return attend(q, k, v)
@@ -129,6 +135,7 @@ CASES = (
     Case(through_a_bias, (*_Q, _X, _W, (WIDTH,))),
     Case(with_a_fused_bias, (*_Q, _X, _W, (WIDTH,))),
     Case(through_a_cast, (*_Q, _X, _W)),
+    Case(through_quantisation, (*_Q, _X, _W)),
     Case(through_repeated_heads, ((B, H, N, D), (B, H // 2, N, D), _X, (WIDTH // 2, WIDTH))),
     Case(through_a_cache, ((B, H, N, D), (B, H, N + 3, D), _X, _W, (B, H, 3, D)), copies=(0, 1)),
     Case(through_a_cache_that_stays_inside, ((B, H, N, D), (B, H, N + 3, D), _X, _W, (B, 3, WIDTH))),

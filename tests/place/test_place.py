@@ -152,7 +152,7 @@ def test_a_saved_program_lies_as_it_says(picky: Picky, tmp_path: Path) -> None:
 
 
 def test_a_bug_leaves_the_layouts_alone(picky: Picky, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*arguments: object) -> None:
+    def broken(*arguments: object, **options: object) -> None:
         raise RuntimeError("out of order")
 
     monkeypatch.setattr("attnfuse.layouts.extract", broken)

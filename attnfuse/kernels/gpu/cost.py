@@ -47,8 +47,8 @@ _BY_KIND = {"cuda": "cuda:sm90", "rocm": "rocm:gfx942", "xpu": "xpu:pvc"}
 #: Shares of the peak that the two products reach, by head size at most: cuDNN's forward, our Triton forward.
 _CUDNN = ((64, 0.45), (128, 0.61), (512, 0.66))
 _TRITON = ((64, 0.42), (128, 0.46), (256, 0.50), (512, 0.12))
-#: Where both products are of float8, value's columns contiguous; what its transpose saves is in the price tables.
-_TRITON_FLOAT8 = ((64, 0.12), (128, 0.154), (256, 0.154), (512, 0.06))
+#: Where scores are of float8, value's columns contiguous; what its transpose saves is in the price tables.
+_TRITON_FLOAT8 = ((64, 0.30), (128, 0.345), (256, 0.345), (512, 0.09))
 #: Backward: operations are 2.5 times the forward's, at this share of the forward's rate.
 _CUDNN_BACKWARD, _TRITON_BACKWARD = 0.87, 0.80
 #: In forwards, the gradient of a captured tensor that varies along rows and keys.
@@ -72,8 +72,7 @@ def device_of(target: Target) -> Device:
 
 def triton(problem: Problem, target: Target) -> float:
     """Seconds of :mod:`attnfuse.kernels.triton`."""
-    scores, values = _types(problem, target)
-    share = _share(_TRITON_FLOAT8 if scores.itemsize == values.itemsize == 1 else _TRITON, problem)
+    share = _share(_TRITON_FLOAT8 if _types(problem, target)[0].itemsize == 1 else _TRITON, problem)
     share *= 1.0 if not problem.captured_bytes else 0.7
     work = problem.flops + _TANH * problem.scores * problem.count("tanh")
     return _fused(problem, target, work, share, _TRITON_BACKWARD)
@@ -126,7 +125,7 @@ def _peak(problem: Problem, target: Target) -> float:
 
 
 def _types(problem: Problem, target: Target) -> tuple[torch.dtype, torch.dtype]:
-    return product_types(problem.spec, problem.query.dtype, problem.key.dtype, problem.value.dtype, target)
+    return product_types(problem.spec, problem.dtypes, target, "d")
 
 
 def _bytes(problem: Problem) -> int:

@@ -52,11 +52,10 @@ class Table:
 def factor(kernel: str, problem: Problem, target: Target) -> float:
     """A kernel's time with the problem's layouts over its time with all operands d-minor.
 
-    What counts is the type that value is multiplied in.
+    What counts is the type that value can be multiplied in.
     """
     by_dtype = prices_of(target).factors.get(kernel, {})
-    query, key, value = problem.query.dtype, problem.key.dtype, problem.value.dtype
-    name = str(product_types(problem.spec, query, key, value, target)[1]).removeprefix("torch.")
+    name = str(product_types(problem.spec, problem.dtypes, target)[1]).removeprefix("torch.")
     known = by_dtype.get(name) or by_dtype.get(name.partition("_")[0], {})
     return math.prod(known.get(name, 1.0) for name, minor in problem.minors.items() if minor == "n")
 

@@ -152,6 +152,16 @@ def weighed(weight, b, h, m, bits, first, keys, scope, PLAN: tl.constexpr):
 
 
 @triton.jit
+def added(acc, weight, v, PLAN: tl.constexpr):
+    """``acc`` plus a tile's product. Hopper's units sum float8 with 14 bits, enough for a tile but not for all keys."""
+    if PLAN.headroom > 0.0:
+        acc += tl.dot(weight, v, input_precision=PLAN.precision)
+    else:
+        acc = tl.dot(weight, v, acc, input_precision=PLAN.precision)
+    return acc
+
+
+@triton.jit
 def walk(
     acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits, first, last, keys, scope,
     CORE: tl.constexpr, PLAN: tl.constexpr,
@@ -161,10 +171,9 @@ def walk(
         k = load_keys(key, k_at, where, n0, keys, PLAN.width, PLAN.padded, not CORE and not PLAN.even, PLAN)
         u = logits(q, k.to(PLAN.score_type), b, h, m, n0, keys, scope, CORE, PLAN)
         weight, shrink, top, total = softmax_step(u, top, total, PLAN)
-        acc = acc * shrink[:, None]
         v = load_value(value, v_at, where, n0, keys, not CORE and not PLAN.even, PLAN)
         weight = weighed(weight, b, h, m, bits, n0, keys, scope, PLAN)
-        acc = tl.dot(weight, v, acc, input_precision=PLAN.precision)
+        acc = added(acc * shrink[:, None], weight, v, PLAN)
     return acc, top, total
 
 
@@ -184,10 +193,9 @@ def walk_ahead(
             ahead = tl.dot(q, k.trans(), input_precision=PLAN.precision)
             u = programmed(s, b, h, m, n0, keys, scope, True, PLAN)
             weight, shrink, top, total = softmax_step(u, top, total, PLAN)
-            acc = acc * shrink[:, None]
             v = load_value(value, v_at, where, n0, keys, False, PLAN)
             weight = weighed(weight, b, h, m, bits, n0, keys, scope, PLAN)
-            acc = tl.dot(weight, v, acc, input_precision=PLAN.precision)
+            acc = added(acc * shrink[:, None], weight, v, PLAN)
             s = ahead
     return acc, top, total
 
@@ -205,13 +213,13 @@ def walk_behind(
             k = load_keys(key, k_at, where, n0, keys, PLAN.width, PLAN.padded, False, PLAN).to(PLAN.score_type)
             s = tl.dot(q, k.trans(), input_precision=PLAN.precision)
             v = load_value(value, v_at, where, tl.maximum(n0 - PLAN.keys, first), keys, False, PLAN)
-            acc = tl.dot(late, v, acc, input_precision=PLAN.precision)
+            acc = added(acc, late, v, PLAN)
             u = programmed(s, b, h, m, n0, keys, scope, True, PLAN)
             weight, shrink, top, total = softmax_step(u, top, total, PLAN)
             acc = acc * shrink[:, None]
             late = weighed(weight, b, h, m, bits, n0, keys, scope, PLAN)
         v = load_value(value, v_at, where, last - PLAN.keys, keys, False, PLAN)
-        acc = tl.dot(late, v, acc, input_precision=PLAN.precision)
+        acc = added(acc, late, v, PLAN)
     return acc, top, total
 
 

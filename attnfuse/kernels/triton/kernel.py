@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attnfuse.form import weight_factor
 from attnfuse.kernels.float8 import readable
 from attnfuse.kernels.gpu import cost
 from attnfuse.kernels.kernel import Kernel, Residual
@@ -21,7 +22,7 @@ from attnfuse.kernels.triton.differentiating import differentiable
 from attnfuse.kernels.triton.gradients import Gradients
 from attnfuse.kernels.triton.launch import attend
 from attnfuse.kernels.triton.neighbours import neighbours
-from attnfuse.kernels.triton.planning import NAME, weight_factor
+from attnfuse.kernels.triton.planning import NAME
 from attnfuse.kernels.triton.text import untranslatable
 from attnfuse.reference import attention, is_float8
 from attnfuse.score import P, text

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnfuse.axes import Minor
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["Memory", "capture_strides", "memory_of"]
@@ -28,6 +29,11 @@ class Memory(NamedTuple):
         """Strides of ``[b0, b1, h, m, d]``; zero where a batch axis is missing or broadcast."""
         outer = [0 if size == 1 else stride for size, stride in zip(self.shape[:-3], self.strides, strict=False)]
         return (*outer, *[0] * (2 - len(outer)), *self.strides[-3:])
+
+    @property
+    def minor(self) -> Minor:
+        """Which of the last two dimensions is contiguous."""
+        return "n" if self.strides[-1] != 1 and self.strides[-2] == 1 else "d"
 
     def describable(self, minor: str, batch: Sequence[int]) -> bool:
         """Whether a descriptor can load its tiles: the innermost axis dense, the others in steps of 16 bytes."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attnfuse.errors import BadProgram
-from attnfuse.form import ABSORBING, form_of
+from attnfuse.form import ABSORBING, form_of, weight_factor
 from attnfuse.kernels.float8 import HEADROOM, product_types
 from attnfuse.kernels.gpu.cost import device_of
 from attnfuse.kernels.measured import fastest_schedule
@@ -21,11 +21,11 @@ from attnfuse.kernels.triton.logit import logit_of
 from attnfuse.kernels.triton.memory import Memory
 from attnfuse.kernels.triton.plan import Plan
 from attnfuse.kernels.triton.tables import Shape, schedule_for, with_splits
-from attnfuse.score import Apply, Const, Expr, P, Prob, apply, text, walk
+from attnfuse.score import Const, Expr, text
 from attnfuse.spec import AttentionSpec, axes_of
 from attnfuse.target import Target
 
-__all__ = ["NAME", "filled", "plan_of", "precision_of", "shipped", "weight_factor"]
+__all__ = ["NAME", "filled", "plan_of", "precision_of", "shipped"]
 
 #: What the kernel that plans are for is called.
 NAME = "triton"
@@ -70,7 +70,7 @@ def plan_of(
     band, form = masking_band(spec, symbols), form_of(spec.score)
     rows, keys, groups = query.shape[-2], key.shape[-2], query.shape[-3] // key.shape[-3]
     logit = logit_of(spec, rows_kept=rows_kept(spec, rows, keys, symbols))
-    scores, weights = product_types(spec, query.dtype, key.dtype, value.dtype, target)
+    scores, weights = _types(spec, query, key, value, target)
     in_tile, of_row = factors_of_weights(spec)
     packed = groups > 1 and rows <= PACKED_BELOW
     schedule = schedule or _chosen(spec, query, key, value, symbols, target)
@@ -91,7 +91,7 @@ def plan_of(
         value_width=value.shape[-1],
         padded=_padded(query.shape[-1], scores),
         value_padded=_padded(value.shape[-1]),
-        value_minor="n" if value.strides[-1] != 1 and value.strides[-2] == 1 else "d",
+        value_minor=value.minor,
         left=band.left is not None,
         right=band.right is not None,
         rest=not band.open and not skips_surely(spec, rows, keys, symbols),
@@ -123,17 +123,6 @@ def factors_of_weights(spec: AttentionSpec) -> tuple[Expr | None, Expr | None]:
     return (factor, None) if "n" in axes_of(factor, spec.captures) else (None, factor)
 
 
-def weight_factor(weight: Expr) -> Expr | None:
-    """What a weight program multiplies a weight by; None where it does something else."""
-    match weight:
-        case Prob():
-            return Const(1.0)
-        case Apply("mul", (factor, rest)) | Apply("mul", (rest, factor)) if P not in walk(factor):
-            inner = weight_factor(rest)
-            return None if inner is None else factor if inner == Const(1.0) else apply("mul", factor, inner)
-    return None
-
-
 def _chosen(
     spec: AttentionSpec, query: Memory, key: Memory, value: Memory, symbols: tuple[int, ...], target: Target
 ) -> Schedule:
@@ -157,8 +146,9 @@ def shipped(
     """The schedule that the target's table has for operands, keys not yet split."""
     widths = _padded(query.shape[-1]), _padded(value.shape[-1])
     banded = not masking_band(spec, symbols).open
-    types = product_types(spec, query.dtype, key.dtype, value.dtype, target)
-    return schedule_for(target, Shape(*widths, max(each.itemsize for each in types), banded, _in_tiles(query, key)))
+    scores, weights = _types(spec, query, key, value, target)
+    wider = max(scores.itemsize, weights.itemsize)
+    return schedule_for(target, Shape(*widths, wider, banded, _in_tiles(query, key), narrow=scores.itemsize == 1))
 
 
 def filled(
@@ -181,6 +171,12 @@ def _in_tiles(query: Memory | Operand, key: Memory | Operand) -> int:
     """Rows that are computed together for one key head."""
     rows, groups = query.shape[-2], query.shape[-3] // key.shape[-3]
     return rows * groups if rows <= PACKED_BELOW else rows
+
+
+def _types(
+    spec: AttentionSpec, query: Memory | Operand, key: Memory | Operand, value: Memory | Operand, target: Target
+) -> tuple[torch.dtype, torch.dtype]:
+    return product_types(spec, (query.dtype, key.dtype, value.dtype), target, value.minor)
 
 
 def _padded(width: int, dtype: torch.dtype = torch.bfloat16) -> int:

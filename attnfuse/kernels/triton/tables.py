@@ -13,13 +13,17 @@ __all__ = ["Shape", "backward_schedules", "schedule_for", "with_splits"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a schedule is chosen by: the head sizes as powers of two, bytes of an element, whether tiles are skipped."""
+    """What a schedule is chosen by: the head sizes as powers of two, bytes of an element, whether tiles are skipped.
+
+    ``narrow`` says that query and key have elements of one byte, whatever value has.
+    """
 
     padded: int
     value_padded: int
     itemsize: int
     banded: bool
     rows: int
+    narrow: bool = False
 
     @property
     def widest(self) -> int:
@@ -27,10 +31,15 @@ class Shape:
         return max(self.padded, self.value_padded)
 
 
-#: Head size at most, then the schedule; for elements of one byte, and of two.
+#: Head size at most, then the schedule; for elements of one byte, of one byte in the first product, and of two.
 _HOPPER_FLOAT8 = (
-    (64, Schedule(rows=128, keys=128, loading="descriptor", warps=4, stages=3)),
-    (128, Schedule(rows=128, keys=128, loading="descriptor", warps=8, stages=3)),
+    (64, Schedule(rows=64, keys=128, loading="descriptor", warps=4, stages=3)),
+    (128, Schedule(rows=64, keys=128, loading="descriptor", warps=4, stages=3)),
+    (256, Schedule(rows=128, keys=64, loading="descriptor", warps=8, stages=2)),
+    (512, Schedule(rows=64, keys=32, loading="descriptor", warps=8, stages=1)),
+)
+_HOPPER_WIDENED = (
+    (128, Schedule(rows=128, keys=64, loading="descriptor", warps=4, stages=3)),
     (256, Schedule(rows=128, keys=64, loading="descriptor", warps=8, stages=2)),
     (512, Schedule(rows=64, keys=32, loading="descriptor", warps=8, stages=1)),
 )
@@ -62,8 +71,9 @@ _PONTE_VECCHIO = (
     (128, Schedule(rows=128, keys=64, loading="descriptor", warps=16, stages=3).with_knobs(grf_mode="256")),
     (512, Schedule(rows=128, keys=32, loading="descriptor", warps=32, stages=2).with_knobs(grf_mode="256")),
 )
-#: By the beginning of ``str(target)``; the first that fits. Where elements have one byte there may be another.
+#: By the beginning of ``str(target)``; the first that fits. Where elements have one byte others come before them.
 _FLOAT8 = (("cuda:sm9", _HOPPER_FLOAT8),)
+_WIDENED = (("cuda:sm9", _HOPPER_WIDENED),)
 _TABLES = (
     ("cuda:sm10", _BLACKWELL),
     ("cuda:sm9", _HOPPER),
@@ -75,7 +85,7 @@ _TABLES = (
 
 def schedule_for(target: Target, shape: Shape) -> Schedule:
     """The schedule of a target for a shape; small tiles where elements have four bytes."""
-    tables = (*_FLOAT8, *_TABLES) if shape.itemsize == 1 else _TABLES
+    tables = (*(_FLOAT8 if shape.itemsize == 1 else _WIDENED if shape.narrow else ()), *_TABLES)
     table = next((rows for name, rows in tables if str(target).startswith(name)), _AMPERE)
     found = next(schedule for widest, schedule in table if shape.widest <= widest)
     if shape.itemsize > 2:

@@ -44,15 +44,19 @@ def test_matrix_units_multiply_float8(target: str, dtype: str) -> None:
         assert each.shared <= {"cuda:sm90": 232_448, "rocm:gfx942": 65_536, "rocm:gfx950": 163_840}[target]
 
 
-def test_hopper_wants_values_transposed() -> None:
-    """Its matrix units sum over the contiguous dimension: rows of values are stored again, byte by byte."""
+def test_hopper_multiplies_weights_in_float8_where_values_lie_transposed() -> None:
+    """Its matrix units sum over the contiguous dimension: to turn rows of values byte by byte takes longer."""
     straight, turned = (
         compiled("cuda:sm90", scaled("float8_e4m3fn"), FULL, dtype=torch.float8_e4m3fn, value_minor=minor)
         for minor in ("d", "n")
     )
-    assert straight.count("ptx", r"st\.shared\.b8") > 0
-    assert turned.count("ptx", r"st\.shared\.b8") == 0
-    assert turned.count("ttir", r"tt\.descriptor_load") == 2
+    assert straight.count("ptx", r"wgmma\S+f32\.bf16\.bf16") > 0
+    assert turned.count("ptx", r"wgmma\S+f32\.bf16\.bf16") == 0
+    # units that sum all keys would keep 14 bits of the sum
+    assert turned.count("ttgir", r"arith\.addf .*tensor<\d+x128xf32") == 1
+    for each in (straight, turned):
+        assert each.count("ptx", r"st\.shared\.b8") == 0
+        assert each.count("ttir", r"tt\.descriptor_load") == 2
 
 
 def test_formats_that_a_device_has_no_units_for_are_widened() -> None:
