@@ -11,7 +11,7 @@ from typing import TypeVar
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from attnfuse.errors import Refused
 from attnfuse.report import Certificate, Fused, Report, grouped
@@ -52,8 +52,9 @@ class Steps:
 def steps(total: int) -> Iterator[Steps]:
     """A bar of so many steps."""
     console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    words = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True))
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), words)
+    with Progress(*columns, console=console, transient=True, expand=True, disable=not console.is_terminal) as bar:
         yield Steps(bar, bar.add_task("", total=total))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -115,24 +116,24 @@ class _Bench:
         """Seconds of each call, or how it failed; the least of some rounds, in each of which every call has its turn,
         so that a machine that slows down slows all of them.
         """
-        calls: dict[str, Call] = {}
+        timers: dict[str, Timer] = {}
         failed: dict[str, float | str] = {}
         for name, make in makes.items():
             self.tell(name)
             try:
-                calls[name] = make()
-                calls[name]()
+                timers[name] = _warm(make())
             except Exception as error:  # noqa: BLE001 - what fails is not measured, and its row says why
                 failed[name] = f"failed with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        able = {name: call for name, call in calls.items() if name not in failed}
-        self.tell(f"timing {len(able)} calls")
-        rounds = [{name: _once(call, self.seconds / ROUNDS) for name, call in able.items()} for _ in range(ROUNDS)]
+        self.tell(f"timing {len(timers)} calls")
+        part = self.seconds / ROUNDS
+        often = {name: max(1, math.ceil(part / timer.timeit(1).mean)) for name, timer in timers.items()}
+        rounds = [{name: each.timeit(often[name]).mean for name, each in timers.items()} for _ in range(ROUNDS)]
         return {name: failed.get(name) or min(each[name] for each in rounds) for name in makes}
 
 
-def _once(call: Call, seconds: float) -> float:
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return float(timer.blocked_autorange(min_run_time=seconds).median)
+def _warm(call: Call) -> Timer:
+    call()
+    return Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
 
 
 def _figure(name: str, modelled: float, took: float | str) -> Figure:

@@ -158,7 +158,7 @@ program = torch.export.export(Pairing(), (torch.ones(2),))
 
 def test_version_and_help(command: Command) -> None:
     assert __version__ in command("--version").out
-    for name in ((), ("rewrite",), ("explain",), ("kernels",), ("demo",)):
+    for name in ((), ("rewrite",), ("explain",), ("kernels",), ("tune",), ("demo",)):
         ended = command(*name, "--help")
         assert ended.code == 0
         assert ended.out.startswith("Usage: attnfuse")

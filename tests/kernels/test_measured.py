@@ -174,7 +174,12 @@ class TestSchedules:
         keep(HOPPER, {case_of(of): Measured({}, {"triton": asdict(other)})})
         plan_of.cache_clear()
         assert self.planned() == other
-        assert self.planned(length=64) == self.planned(length=64)
+
+    def test_keys_are_split_where_the_call_allows_it(self) -> None:
+        of = problem("causal", rows=1024, keys=1024, dtype=torch.bfloat16)
+        split = replace(lookup("triton").schedules(of, HOPPER)[1], algorithm="split keys", splits=4)
+        keep(HOPPER, {case_of(of): Measured({}, {"triton": asdict(split)})})
+        assert self.planned() == replace(split, algorithm="rows outside", splits=1)
 
     def test_those_of_triton_are_different_and_fit_a_few_rows(self) -> None:
         decoding = problem("scaled", rows=1, keys=8192, dtype=torch.bfloat16)
