@@ -192,6 +192,8 @@ class TestSchedules:
         of = problem("causal", rows=1024, keys=1024, dtype=torch.bfloat16)
         operands = (of.query.shape, of.key.shape, of.value.shape)
         assert measured_choices(of.spec, torch.bfloat16, *operands) is None
+        # one that is measured without a panel may leave no room for one
+        assert not lookup("gluon").schedules(problem("bias", dtype=torch.bfloat16), HOPPER)
         other = lookup("gluon").schedules(of, HOPPER)[-1]
         assert other in choices(64, 64)
         keep(HOPPER, {case_of(of): Measured({}, {"gluon": asdict(other)})})

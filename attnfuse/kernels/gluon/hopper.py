@@ -59,8 +59,8 @@ class Gluon(Kernel):
         return forward + other.cost(problem, target) - other.cost(without, target)
 
     def schedules(self, problem: Problem, target: Target) -> tuple[Meta, ...]:
-        """What the table has for any attention of these widths."""
-        return choices(problem.query.shape[-1], problem.value.shape[-1])
+        """What the table has for any attention of these widths; where scores read a panel, its room decides."""
+        return () if problem.captured_bytes else choices(problem.query.shape[-1], problem.value.shape[-1])
 
     def run_by(
         self,
