@@ -13,11 +13,9 @@ from attnfuse.graph import facts
 from attnfuse.kernels import Source
 from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, Reduced, Softmax
 from attnfuse.passes.lift.operand import factored, viewed
-from attnfuse.passes.lift.pointwise import CASTS
+from attnfuse.passes.lift.quantised import quantised_to
 from attnfuse.passes.lift.reader import Reader, TakeAsTensor
-from attnfuse.passes.lift.view import VIEWS
 from attnfuse.passes.site import Operand, Site
-from attnfuse.reference import is_float8
 from attnfuse.score import Capture, Expr, P, S, apply, rewrite, walk
 from attnfuse.spec import EmptyRows, Normaliser
 
@@ -32,10 +30,6 @@ __all__ = [
     "softmax_over",
     "weight_program",
 ]
-
-
-#: What may stand between weights that are quantised and their product with the values.
-_BEHIND_WEIGHTS = frozenset((*VIEWS, *CASTS, "mul", "div"))
 
 
 def read_site(reader: Reader, node: Node) -> Site | None:
@@ -137,18 +131,9 @@ def assembled(
         extra=softmax.extra,
         dropout=dropout,
         empty_rows=softmax.empty_rows,
-        weight_dtype=_quantised_to(outer.left if values is outer.right else outer.right),
+        weight_dtype=quantised_to(outer.left if values is outer.right else outer.right),
     )
     return site_of(reader, parts)
-
-
-def _quantised_to(weights: Node) -> str | None:
-    """The float8 type that weights are rounded to on their way to the product with the values; None where to none."""
-    while not is_float8(facts.dtype(weights)):
-        if facts.op_name(weights) not in _BEHIND_WEIGHTS or not weights.all_input_nodes:
-            return None
-        weights = weights.all_input_nodes[0]
-    return str(facts.dtype(weights)).removeprefix("torch.")
 
 
 def _after_softmax(reader: Reader, weights: Expr, softmax: Softmax) -> tuple[float, Expr]:

@@ -68,14 +68,13 @@ def plan_of(
     with_lse: bool = False,
 ) -> Plan:
     """The plan of operands in memory; ``schedule`` None leaves it to the target's table."""
-    band, form = masking_band(spec, symbols), form_of(spec.score)
+    band = masking_band(spec, symbols)
     rows, keys, groups = query.shape[-2], key.shape[-2], query.shape[-3] // key.shape[-3]
     logit = logit_of(spec, rows_kept=rows_kept(spec, rows, keys, symbols))
     scores, weights = _types(spec, query, key, value, target)
     in_tile, of_row = factors_of_weights(spec)
     packed = groups > 1 and rows <= PACKED_BELOW
     schedule = schedule or _chosen(spec, query, key, value, symbols, target)
-    fill = float("-inf") if form is None else form.fill
     return Plan(
         schedule=schedule,
         captures=spec.captures,
@@ -96,7 +95,7 @@ def plan_of(
         left=band.left is not None,
         right=band.right is not None,
         rest=not band.open and not skips_surely(spec, rows, keys, symbols),
-        floor=max(fill + MARGIN, ABSORBING) / logit.factor,
+        floor=max(_fill(spec) + MARGIN, ABSORBING) / logit.factor,
         even=keys % schedule.keys == 0,
         precision="ieee" if packed or rows <= FEW else precision,
         dropout=spec.dropout,
@@ -109,6 +108,11 @@ def plan_of(
         weights=_NAMES[weights],
         headroom=HEADROOM.get(weights, 0.0),
     )
+
+
+def _fill(spec: AttentionSpec) -> float:
+    form = form_of(spec.score)
+    return float("-inf") if form is None else form.fill
 
 
 def factors_of_weights(spec: AttentionSpec) -> tuple[Expr | None, Expr | None]:
