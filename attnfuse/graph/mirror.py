@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
+from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any, cast
 
 import torch
@@ -68,7 +70,7 @@ class Mirror(Interpreter):
 
     def _is_single(self, n: Node, known: Any) -> bool:
         """Whether a call was traced without running it."""
-        if self._single is None or n.op not in ("call_function", "call_method") or not _has_tensors(known):
+        if self._single is None or not _calls_at_once(n) or not _has_tensors(known):
             return False
         call = partial(getattr(self, n.op), n.target, *self.fetch_args_kwargs_from_env(n))
         node = self._single.traced(call, known)
@@ -112,6 +114,19 @@ class Mirror(Interpreter):
         return track_tensor_tree(number, proxy, constant=None, tracer=mode.tracer)
 
 
+def _calls_at_once(n: Node) -> bool:
+    """Whether a call is of C code, which looks at no operator's result before it returns it.
+
+    Indexing does: it leaves out a slice of all that earlier indices have left.
+    """
+    if n.op == "call_method":
+        return isinstance(getattr(torch.Tensor, str(n.target), None), MethodDescriptorType)
+    if n.target is operator.getitem:
+        index = n.args[1] if isinstance(n.args[1], tuple) else (n.args[1],)
+        return sum(not (isinstance(part, slice) and part == slice(None)) and part is not ... for part in index) <= 1
+    return n.op == "call_function" and isinstance(n.target, BuiltinFunctionType)
+
+
 def _has_tensors(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or (isinstance(value, tuple) and all(map(_has_tensors, value)))
 
@@ -122,8 +137,8 @@ def _keeps_metadata(graph: Graph) -> bool:
 
 
 def _reshapes_in_place(method: str) -> bool:
-    operator = getattr(torch.ops.aten, method, None) if method.endswith("_") and not method.endswith("__") else None
-    overloads = [getattr(operator, name) for name in operator.overloads()] if operator is not None else []
+    packet = getattr(torch.ops.aten, method, None) if method.endswith("_") and not method.endswith("__") else None
+    overloads = [getattr(packet, name) for name in packet.overloads()] if packet is not None else []
     return any(torch.Tag.inplace_view in overload.tags for overload in overloads)
 
 

@@ -2,8 +2,8 @@
 
 What a graph's calls compute is known, as fake values. Most calls are a single operator, so that it is enough to see
 which one: it is given the known result at once, instead of a fake kernel that computes it anew. A call that returns
-just that result did nothing else; any other is run. Values are kept as they are found, where a proxy mode of torch's
-copies and describes each, which takes most of its time.
+just that result, without having looked at it, did nothing else; any other is run. Values are kept as they are found,
+where a proxy mode of torch's copies and describes each, which takes most of its time.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Single(ProxyTorchDispatchMode):
 
     def traced(self, call: Callable[[], Any], known: Any) -> Node | None:
         """The node of the one operator that ``call`` is, whose result is ``known``; None, and no node, where it is not
-        one, or not a plain one.
+        one, or not a plain one. ``call`` does not look at an operator's result before it returns it.
         """
         self._known, self._seen = known, None
         try:
