@@ -248,8 +248,8 @@ _LANES = 16
 
 def _has_many(key: Tensor) -> bool:
     """Whether there are surely more keys than ATen handles apart from the others."""
-    keys = key.shape[-2]
-    return type(keys) is int and keys >= _LANES
+    keys: object = key.shape[-2]  # a symbol while a program for any length is traced
+    return isinstance(keys, int) and keys >= _LANES
 
 
 def _nan_rows(query: Tensor, key: Tensor) -> Tensor:
