@@ -14,7 +14,7 @@ import gc
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ import attnfuse
 from benchmark.ahead import Prepare
 from benchmark.byhand import Tensors
 from benchmark.cases import VARIANTS, Case, Variant
-from benchmark.peers import PEERS
+from benchmark.peers import OURS, PEERS
 
 __all__ = ["GpuCase", "GpuRow", "gpu_cases", "interleaved", "measure_gpu", "to_compile"]
 
@@ -33,7 +33,7 @@ HEADS, WIDTH, LENGTH, TOKENS = 32, 128, 4096, 8192
 DECODED, DECODED_BATCH = (4096, 32768), 16
 ROUNDS, SECONDS = 11, 0.02
 
-_NOT_COMPILED = ("eager", "SDPA by hand")
+_NOT_COMPILED, _PROGRAMS = ("eager", "SDPA by hand"), ("eager", "inductor", OURS)
 
 Call = Callable[[], object]
 
@@ -47,6 +47,12 @@ class GpuCase(Case):
 
     def __str__(self) -> str:
         return f"{self.name} N={self.length} D={self.width}{' training' if self.training else ''}"
+
+    @property
+    def variant(self) -> Variant:
+        """The variant, its heads merged as an output projection reads them."""
+        found = super().variant
+        return replace(found, program=_merged(found.program))
 
     @property
     def batch(self) -> int:
@@ -150,6 +156,8 @@ def _step(peer: str, case: GpuCase, given: Tensors) -> Callable[[], tuple[Tensor
     call = PEERS[peer](case, given)
     if call is None:
         return None
+    if peer not in _PROGRAMS:
+        call = _merged(call)
     if not case.training:
         return torch.no_grad()(lambda: (call(),))
     grad = _gradient(case)
@@ -157,10 +165,15 @@ def _step(peer: str, case: GpuCase, given: Tensors) -> Callable[[], tuple[Tensor
     return lambda: torch.autograd.grad(call(), leaves, grad)
 
 
+def _merged(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Its result as ``[B, M, H * D]``."""
+    return lambda *args, **kwargs: attend(*args, **kwargs).transpose(1, 2).flatten(2)
+
+
 def _gradient(case: GpuCase) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(1)
-    shape = (case.batch, case.variant.rows or case.length, HEADS, case.width)
-    return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    shape = (case.batch, case.variant.rows or case.length, HEADS * case.width)
+    return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
 
 
 def _graphed(step: Call) -> Call:
@@ -197,9 +210,14 @@ def _seconds(call: Call, repeats: int) -> float:
 def _first(case: GpuCase, name: str, tensor: Tensor) -> Tensor:
     """The part of an operand that the first key head of the first batch reads."""
     group = HEADS // case.kv_heads
-    if name in ("key", "value"):
-        return tensor[:1, :1]
-    return tensor[:1, :group] if name in ("query", "out") else tensor[:group]
+    match name:
+        case "key" | "value":
+            return tensor[:1, :1]
+        case "query":
+            return tensor[:1, :group]
+        case "out":
+            return tensor[:1, :, : group * case.width]
+    return tensor[:group]
 
 
 def _truth(case: GpuCase, given: Tensors) -> tuple[Tensor, ...]:

@@ -52,7 +52,7 @@ _TRITON_FLOAT8 = ((64, 0.30), (128, 0.345), (256, 0.345), (512, 0.09))
 #: Backward: operations are 2.5 times the forward's, at this share of the forward's rate.
 _CUDNN_BACKWARD, _TRITON_BACKWARD = 0.87, 0.80
 #: In forwards, the gradient of a captured tensor that varies along rows and keys.
-_CAPTURED_BACKWARD = 0.6
+_CAPTURED_BACKWARD = 0.3
 #: The share of the peak that batched products reach.
 _PRODUCTS = 0.65
 #: Seconds of a launch, of our operator written in Python, of a graph's launches.

@@ -91,14 +91,12 @@ class Cudnn(Sdpa):
         out, lse = residual.out, residual.lse
         if lse is None:
             out, lse = _forward(spec, query, key, value, with_lse=True)
-        grad_out, query_4d, key_4d, value_4d, out = (
-            _dense(four_d(x, batch)) for x in (grad_out, query, key, value, out)
-        )
-        operands = (grad_out, _laid_out_as(out, query_4d), key_4d, value_4d, out)
+        query_4d, key_4d, value_4d = (_dense(four_d(x, batch)) for x in (query, key, value))
+        grad_4d, out_4d = (_tokens_first(four_d(x, batch)) for x in (grad_out, out))
         nothing = torch.zeros((), dtype=torch.int64, device=query.device)
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *operands, lse.reshape(*operands[1].shape[:3], 1), nothing, nothing, None, None, None,
-            query.shape[-2], key.shape[-2], 0.0, is_causal(spec), scale=scale_of(spec),
+            grad_4d, query_4d, key_4d, _padded(value_4d), out_4d, lse.reshape(*query_4d.shape[:3], 1), nothing, nothing,
+            None, None, None, query.shape[-2], key.shape[-2], 0.0, is_causal(spec), scale=scale_of(spec),
         )  # fmt: skip
         wanted = zip(grads, (query, key, value), needs[:3], strict=True)
         return (*(summed(grad, x, batch) if need else None for grad, x, need in wanted), *(None for _ in captures))
@@ -135,17 +133,25 @@ def _forward(
     return out, lse.reshape(query.shape[:-1]) if with_lse else lse
 
 
-def _laid_out_as(out: Tensor, query: Tensor) -> Tensor:
-    """The query in memory as its output, copied where it is not.
+#: Elements between two rows of value that are nobody's.
+GAP = 8
 
-    torch 2.11 remembers cuDNN's backward by the strides of query, key and value, not by those of out, which it takes to
-    lie as the forward would have made it for that query: another's would be read in the wrong order.
+
+def _padded(value: Tensor) -> Tensor:
+    """A copy whose rows lie further apart than anyone else's.
+
+    torch 2.11 remembers plans of cuDNN's backward by the strides of query, key and value, and not by those of out and
+    its gradient, which are part of a plan: after another call of the same sizes, whose gradient lay otherwise, one
+    would be read in the wrong order. Ours lie in one way always, and a plan for these strides is ours.
     """
-    expected = torch.empty_like(query, device="meta").stride()
-    steps = zip(out.shape, out.stride(), expected, strict=True)
-    if all(size == 1 or stride == wanted for size, stride, wanted in steps):
-        return query
-    return torch.empty_like(out).copy_(query)
+    batch, heads, length, width = value.shape
+    room = value.new_empty((batch, length, heads, width + GAP))
+    return room[..., :width].transpose(1, 2).copy_(value)
+
+
+def _tokens_first(tensor: Tensor) -> Tensor:
+    """``[B, H, M, D]`` laid out as ``[B, M, H, D]``, without gaps."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _dense(tensor: Tensor) -> Tensor:

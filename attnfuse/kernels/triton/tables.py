@@ -131,9 +131,10 @@ _BACKWARD = (
     (256, Schedule(rows=64, keys=32, warps=4, stages=1), Schedule(rows=32, keys=64, warps=8, stages=1)),
     (512, Schedule(rows=32, keys=16, warps=4, stages=1), Schedule(rows=16, keys=32, warps=8, stages=1)),
 )
-#: Tiles of dK and dV for heads of 128 at most, where a band skips tiles or scores read tensors of their own: small ones
-#: skip more, and leave registers.
-_SMALL_KEYS = Schedule(rows=32, keys=64, warps=4, stages=3)
+#: Tiles of dK and dV for heads of 128 at most: where a band skips tiles, small ones skip more; where scores read tensors
+#: of their own, those need registers.
+_BANDED_KEYS = Schedule(rows=32, keys=64, warps=4, stages=3)
+_CROWDED_KEYS = Schedule(rows=64, keys=64, warps=4, stages=2)
 #: Bytes of shared memory of a program, by the beginning of ``str(target)``; the first that fits.
 _SHARED = (
     ("cuda:sm9", 227 << 10),
@@ -150,7 +151,7 @@ def backward_schedules(target: Target, shape: Shape, crowd: int) -> tuple[Schedu
     """The schedules of dQ and of dK and dV; ``crowd`` are bytes of captured tensors that each score reads."""
     rows, keys = next((rows, keys) for most, rows, keys in _BACKWARD if shape.widest <= most)
     if (shape.banded or crowd) and shape.widest <= 128:
-        keys = _SMALL_KEYS
+        keys = _CROWDED_KEYS if crowd else _BANDED_KEYS
     if shape.itemsize > 2:
         size = 32 if shape.widest <= 128 else 16
         rows, keys = (replace(each, rows=size, keys=size, warps=4, stages=1) for each in (rows, keys))
