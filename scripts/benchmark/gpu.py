@@ -166,8 +166,8 @@ def _step(peer: str, case: GpuCase, given: Tensors) -> Callable[[], tuple[Tensor
 
 
 def _merged(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Its result as ``[B, M, H * D]``."""
-    return lambda *args, **kwargs: attend(*args, **kwargs).transpose(1, 2).flatten(2)
+    """Its result as ``[B, M, H * D]``, as models hand it on."""
+    return lambda *args, **kwargs: attend(*args, **kwargs).transpose(1, 2).contiguous().flatten(2)
 
 
 def _gradient(case: GpuCase) -> Tensor:

@@ -45,9 +45,9 @@ def _cell(figure: Figure | None) -> str:
 
 def machine() -> str:
     """What the figures were taken on, in a few words."""
-    return (
-        f"{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}"
-    )
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    cores = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"{gpu}{platform.machine()}, {cores}, torch {torch.__version__}"
 
 
 def as_json(content: dict[str, Sequence[Any]], targets: Sequence[Target]) -> str:

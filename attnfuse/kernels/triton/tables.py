@@ -131,8 +131,8 @@ _BACKWARD = (
     (256, Schedule(rows=64, keys=32, warps=4, stages=1), Schedule(rows=32, keys=64, warps=8, stages=1)),
     (512, Schedule(rows=32, keys=16, warps=4, stages=1), Schedule(rows=16, keys=32, warps=8, stages=1)),
 )
-#: Tiles of dK and dV for heads of 128 at most: where a band skips tiles, small ones skip more; where scores read tensors
-#: of their own, those need registers.
+#: Tiles of dK and dV for heads of 128 at most: where a band skips tiles, small ones skip more; where scores read
+#: tensors of their own, those need registers.
 _BANDED_KEYS = Schedule(rows=32, keys=64, warps=4, stages=3)
 _CROWDED_KEYS = Schedule(rows=64, keys=64, warps=4, stages=2)
 #: Bytes of shared memory of a program, by the beginning of ``str(target)``; the first that fits.
