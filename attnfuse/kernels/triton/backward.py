@@ -1,4 +1,4 @@
-"""The backward, without atomics: dQ by tiles of rows, dK and dV by tiles of keys, captures by reductions.
+"""The backward, without atomics: dQ by tiles of rows, dK and dV by tiles of keys, captures with dQ or by reductions.
 
 With ``p`` the weights, ``x`` the logits and ``delta = sum(grad_out * out) - grad_lse`` of a row, ``dx = p * (dp -
 delta)`` (Dao 2023, arXiv 2307.08691, appendix). The score program's derivative, a program too, maps ``dx`` to the

@@ -18,7 +18,7 @@ from attnfuse.kernels.triton.gradients import Gradients
 from attnfuse.kernels.triton.launch import attend
 from attnfuse.reference import attention as reference
 from attnfuse.score import P
-from tests.kernels.cases import COMMON, SPECS, Case, Sizes, assert_as_exact, case, exact, written_out
+from tests.kernels.cases import COMMON, SPECS, Case, Sizes, assert_as_exact, case, exact, spec, written_out
 
 TILE = Schedule(rows=16, keys=16)
 SMALL = Sizes((2,), 2, 1, 19, 37, 8, 8)
@@ -99,6 +99,13 @@ def test_a_broadcast_batch_of_keys() -> None:
 def test_gradients(name: str) -> None:
     given = case(SPECS[name], SMALL, torch.float32)
     check_gradients(given, with_lse=name in ("causal", "sink, finite fill"))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5], ids=["one head", "heads summed afterwards", "heads summed in a program"])
+def test_the_gradient_of_a_full_bias_behind_a_mask(batch: int) -> None:
+    """Tiles that the mask skips are zero in it."""
+    masked = spec("where(n <= m, 0.3 * s + t0, -inf)", "float32[h,m,n]")
+    check_gradients(case(masked, replace(SMALL, batch=(batch,), heads=1, rows=33), torch.float32))
 
 
 def check_gradients(given: Case, *, with_lse: bool = False) -> None:
