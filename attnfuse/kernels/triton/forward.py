@@ -154,7 +154,7 @@ def weighed(weight, b, h, m, bits, first, keys, scope, PLAN: tl.constexpr):
 @triton.jit
 def added(acc, weight, v, PLAN: tl.constexpr):
     """``acc`` plus a tile's product. Hopper's units sum float8 with 14 bits, enough for a tile but not for all keys."""
-    if PLAN.headroom > 0.0:
+    if PLAN.apart:
         acc += tl.dot(weight, v, input_precision=PLAN.precision)
     else:
         acc = tl.dot(weight, v, acc, input_precision=PLAN.precision)
@@ -171,9 +171,10 @@ def walk(
         k = load_keys(key, k_at, where, n0, keys, PLAN.width, PLAN.padded, not CORE and not PLAN.even, PLAN)
         u = logits(q, k.to(PLAN.score_type), b, h, m, n0, keys, scope, CORE, PLAN)
         weight, shrink, top, total = softmax_step(u, top, total, PLAN)
+        acc = acc * shrink[:, None]
         v = load_value(value, v_at, where, n0, keys, not CORE and not PLAN.even, PLAN)
         weight = weighed(weight, b, h, m, bits, n0, keys, scope, PLAN)
-        acc = added(acc * shrink[:, None], weight, v, PLAN)
+        acc = added(acc, weight, v, PLAN)
     return acc, top, total
 
 
@@ -193,9 +194,10 @@ def walk_ahead(
             ahead = tl.dot(q, k.trans(), input_precision=PLAN.precision)
             u = programmed(s, b, h, m, n0, keys, scope, True, PLAN)
             weight, shrink, top, total = softmax_step(u, top, total, PLAN)
+            acc = acc * shrink[:, None]
             v = load_value(value, v_at, where, n0, keys, False, PLAN)
             weight = weighed(weight, b, h, m, bits, n0, keys, scope, PLAN)
-            acc = added(acc * shrink[:, None], weight, v, PLAN)
+            acc = added(acc, weight, v, PLAN)
             s = ahead
     return acc, top, total
 

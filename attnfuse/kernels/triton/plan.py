@@ -25,7 +25,8 @@ class Plan:
     keys outside of it too, where no logit is above ``floor``. ``even`` says that tiles divide the keys. ``wide``
     are 64-bit offsets within a tile. Weights are multiplied by ``key_factor_program`` in the tile and by
     ``row_factor_program`` when a row is done; query is multiplied with key as ``scores``, weights with value as
-    ``weights``, names of types. Weights in the loop are at most ``2 ** headroom``.
+    ``weights``, names of types. Weights in the loop are at most ``2 ** headroom``, and
+    a tile's products are summed ``apart``.
     """
 
     schedule: Schedule
@@ -59,6 +60,7 @@ class Plan:
     scores: str
     weights: str
     headroom: float
+    apart: bool
 
     @property
     def rows(self) -> int:
