@@ -101,7 +101,15 @@ def _fuse_one(gm: GraphModule, options: Options, known: GraphState | None) -> Re
         log.debug("tracing failed", exc_info=True)
         reason = f"the graph cannot be traced: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return Report((Refused(reason),), str(target))
-    wishes = Wishes(target, options.kernel, options.numerics, options.portable, options.profit, options.compiled)
+    wishes = Wishes(
+        target=target,
+        kernel=options.kernel,
+        numerics=options.numerics,
+        portable=options.portable,
+        profit=options.profit,
+        compiled=options.compiled,
+        fp8_attention=options.fp8_attention,
+    )
     state = State(captured, options, wishes)
     state, seconds = run(STAGES, state, show=_show, check=_check, print_after=options.print_after)
     if state.replaced:
@@ -218,7 +226,7 @@ def _lowered(item: Checked, state: State, reads: Reads) -> Fused:
         kernel=item.plan.choice.kernel,
         seconds=item.plan.choice.seconds,
         certificate=item.certificate,
-        notes=_notes(item.plan, state.undecided),
+        notes=(*_notes(item.plan, state.undecided), *_accuracy(item)),
         layouts=dict(problem.minors),
         copies=copies_for(site.node, state.decisions),
     )
@@ -229,6 +237,15 @@ def _notes(item: Plan, undecided: str) -> tuple[str, ...]:
     notes += ["dropout draws from another random stream than the source"] if item.attention.spec.dropout else []
     fast = "fast numerics: fully masked rows may differ from the source"
     return (*notes, fast) if item.problem.numerics == "fast" else tuple(notes)
+
+
+def _accuracy(item: Checked) -> tuple[str, ...]:
+    """What rounding to float8 on request costs."""
+    if not item.plan.attention.quantised:
+        return ()
+    found = item.certificate
+    errors = f"mean error {found.fused_mean:.2g} against float64, where the source has {found.source_mean:.2g}"
+    return (f"quantised to float8 as asked for: {found.skipped or errors}",)
 
 
 def _tidy(state: State) -> State:

@@ -22,6 +22,8 @@ class Options:
     the result loads without attnfuse. ``certify``: how much to replay, "full", "quick" or "off". ``profit``:
     False fuses even where the graph as it is is estimated faster. ``compiled``: whether the result will be compiled,
     as the graph as it is would be; it says what a fusion is compared with. ``print_after``: a stage, or "all".
+    ``fp8_attention``: query, key, value and weights may be rounded to float8 where that is estimated faster, as the
+    report then says.
     """
 
     target: Target | str | None = None
@@ -32,6 +34,7 @@ class Options:
     profit: bool = True
     compiled: bool = True
     print_after: str | None = None
+    fp8_attention: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("numerics", get_args(Numerics)), ("certify", get_args(Effort))):

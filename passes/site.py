@@ -120,7 +120,8 @@ class Attention:
     """One site in canonical form: what it computes and where its operands are. Shapes as in :mod:`attnfuse.spec`.
 
     ``groups`` are the dimensions of the fused node's result; ``place`` those of ``site.node``, in the same axes.
-    ``widened`` is that of the site's.
+    ``widened`` is that of the site's. Where it is ``quantised`` the operands are rounded as weights are, and their
+    three scales are captures behind those that have layouts.
     """
 
     site: Site
@@ -132,6 +133,7 @@ class Attention:
     symbols: tuple[Size, ...]
     groups: tuple[tuple[Axis, ...], ...]
     widened: Attention | None = None
+    quantised: bool = False
 
     def resized(self, sizes: Mapping[Axis, int]) -> Attention:
         """The same attention with other sizes of some axes; its operands' layouts are to be built anew."""

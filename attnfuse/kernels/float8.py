@@ -10,7 +10,7 @@ from attnfuse.reference import is_float8, out_dtype
 from attnfuse.spec import AttentionSpec, axes_of
 from attnfuse.target import Target
 
-__all__ = ["HEADROOM", "product_types", "readable"]
+__all__ = ["HEADROOM", "product_types", "quantised_to", "readable"]
 
 _OCP = frozenset((torch.float8_e4m3fn, torch.float8_e5m2))
 _FNUZ = frozenset((torch.float8_e4m3fnuz, torch.float8_e5m2fnuz))
@@ -46,6 +46,12 @@ HEADROOM = {
 def readable(target: Target) -> frozenset[torch.dtype]:
     """The float8 types that operands may have on a target."""
     return _first(_READABLE, target)
+
+
+def quantised_to(target: Target) -> torch.dtype | None:
+    """The type that what is not float8 may be rounded to, the finer one; None where no units multiply it."""
+    units = _first(_UNITS, target)
+    return next((dtype for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz) if dtype in units), None)
 
 
 def product_types(

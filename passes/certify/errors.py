@@ -31,7 +31,12 @@ class Errors:
 
 
 def compare(
-    what: str, source: Tensor, fused: Tensor, exact: Tensor, moved: Callable[[], Tensor] | None = None
+    what: str,
+    source: Tensor,
+    fused: Tensor,
+    exact: Tensor,
+    moved: Callable[[], Tensor] | None = None,
+    rounding: float = 0.0,
 ) -> Errors:
     """The errors of both. Raises :class:`NotEquivalent`, beginning with ``what``, where ``fused`` is too far off.
 
@@ -40,7 +45,8 @@ def compare(
     2002, section 1.5). So before anything is called wrong, the error of that result, ``moved()``, counts as an error of
     the source too.
     Where the source is NaN or infinite, fused may be so too, or finite if ``exact`` is: an overflow of an
-    intermediate need not be repeated.
+    intermediate need not be repeated. ``rounding`` is what operands were rounded by on request: the error may be as
+    large, relative to the mean and the largest exact value.
     """
     if (source.shape, source.dtype) != (fused.shape, fused.dtype):
         raise NotEquivalent(f"{what} is {fused.dtype}{list(fused.shape)}, not {source.dtype}{list(source.shape)}")
@@ -53,8 +59,9 @@ def compare(
     known = exact.isfinite() & source.isfinite()
     theirs, ours = _mean_and_max(source, exact, known), _mean_and_max(fused, exact, known)
     floor = _FLOOR * torch.finfo(source.dtype).eps * _largest(exact)
+    sizes = _mean_and_max(torch.zeros_like(exact), exact, known)
     for at, which in enumerate(("mean", "maximum")):
-        allowed = theirs[at]
+        allowed = theirs[at] + rounding * sizes[at] / _FACTOR
         if moved is not None and not ours[at] <= _FACTOR * allowed + floor:
             allowed += _mean_and_max(moved(), exact, known)[at]
         if not ours[at] <= _FACTOR * allowed + floor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -17,6 +19,7 @@ from attnfuse.graph.capture import Captured
 from attnfuse.kernels import UNFUSED, Choice, Numerics, Operand, Problem, Source, choose, lookup, rows_kept
 from attnfuse.kernels.prices import prices_of
 from attnfuse.passes.lower.operands import Operands
+from attnfuse.passes.lower.quantise import quantised
 from attnfuse.passes.lower.replacement import Draft, draft, finished
 from attnfuse.passes.site import Attention
 from attnfuse.reference import is_float8
@@ -41,7 +44,8 @@ class Wishes:
     """What the caller wants of a kernel.
 
     ``profit`` False fuses even where the unfused graph is estimated faster; ``compiled`` says that the
-    rewritten graph will be compiled, and so would the unfused one.
+    rewritten graph will be compiled, and so would the unfused one; ``fp8_attention`` that operands may be rounded to
+    float8 where that is estimated faster.
     """
 
     target: Target
@@ -50,6 +54,7 @@ class Wishes:
     portable: bool = False
     profit: bool = True
     compiled: bool = True
+    fp8_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,27 @@ class Plan:
 def plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Refused:
     """The best plan for a site; refused where no kernel can, or none is estimated to pay."""
     found = _plan(attention, captured, wishes)
-    if attention.widened is None:
+    if attention.widened is not None:
+        return _fastest([found, _plan(attention.widened, captured, wishes)], wishes)
+    narrow = quantised(attention, wishes.target) if wishes.fp8_attention and isinstance(found, Plan) else None
+    if narrow is None:
         return found
-    plans = [each for each in (found, _plan(attention.widened, captured, wishes)) if isinstance(each, Plan)]
+    # it competes with the fusion that pays, not with a graph that nobody wrote
+    return _fastest([found, _plan(narrow, captured, replace(wishes, profit=False))], wishes)
+
+
+def _fastest(found: Sequence[Plan | Refused], wishes: Wishes) -> Plan | Refused:
+    """Of several plans for one site; the first refusal where there is none."""
     # a float8 has no gradient worth having
-    able = [each for each in plans if each.attention is attention.widened or not each.problem.training]
-    return min(able, key=lambda each: _attainable(each.problem, each.choice, wishes)) if able else found
+    able = [x for x in found if isinstance(x, Plan) and not (x.problem.training and x.attention.spec.out_dtype)]
+    return min(able, key=partial(_in_all, wishes)) if able else found[0]
+
+
+def _in_all(wishes: Wishes, plan: Plan) -> float:
+    """Seconds of a plan, with what quantising takes: operands are read for their largest element, and once more."""
+    table, operands = prices_of(wishes.target), (plan.problem.query, plan.problem.key, plan.problem.value)
+    passes = sum(2 * table.pass_seconds(math.prod(x.shape), torch.bfloat16) for x in operands)
+    return _attainable(plan.problem, plan.choice, wishes) + (passes if plan.attention.quantised else 0.0)
 
 
 def _plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Refused:

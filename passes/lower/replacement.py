@@ -17,6 +17,7 @@ from attnfuse.graph.strides import laid_out_like, matters
 from attnfuse.kernels import Kernel, Problem
 from attnfuse.op import attention as attention_op
 from attnfuse.passes.lower.operands import Operands, build_operands, nearest, restore
+from attnfuse.passes.lower.quantise import with_quantised
 from attnfuse.passes.site import Attention
 from attnfuse.spec import AttentionSpec
 
@@ -43,6 +44,8 @@ def draft(attention: Attention, value: Callable[[Node], object] = facts.value) -
     for node, placeholder in standing.items():
         placeholder.meta["val"] = value(node)
     operands = build_operands(Builder(graph), attention, standing.__getitem__)
+    if attention.quantised:
+        operands = with_quantised(Builder(graph), operands, getattr(torch, str(attention.spec.weight_dtype)))
     return Draft(graph, inputs, operands)
 
 

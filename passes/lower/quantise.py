@@ -1,0 +1,75 @@
+"""Attention that is quantised on request: its operands are rounded to float8, each with one scale, found as it runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch.fx import Node
+
+from attnfuse.algebra import normalise
+from attnfuse.form import weight_factor
+from attnfuse.graph import facts
+from attnfuse.graph.build import Builder
+from attnfuse.kernels.float8 import quantised_to
+from attnfuse.passes.lower.operands import Operands
+from attnfuse.passes.site import Attention
+from attnfuse.score import Capture, Expr, S, apply, rewrite
+from attnfuse.spec import AttentionSpec, Captured
+from attnfuse.target import Target
+
+__all__ = ["quantised", "with_quantised"]
+
+_ATEN = torch.ops.aten
+
+#: The least that an operand is divided by: one of nothing but zeros stays so.
+_LEAST = 1e-30
+
+
+def quantised(attention: Attention, target: Target) -> Attention | None:
+    """The attention in float8; None where a target multiplies none, or the attention is not of half types."""
+    spec, dtype = attention.spec, quantised_to(target)
+    halves = {torch.bfloat16, torch.float16}
+    able = spec.normaliser == "softmax" and weight_factor(spec.weight) is not None
+    if dtype is None or not able or not {layout.dtype for layout in attention.layouts[:3]} <= halves:
+        return None
+    out = str(facts.dtype(attention.site.node)).removeprefix("torch.")
+    return replace(attention, spec=_scaled(spec, str(dtype).removeprefix("torch."), out), quantised=True)
+
+
+def _scaled(spec: AttentionSpec, dtype: str, out: str) -> AttentionSpec:
+    """The spec with three more captures: the scales of query, key and value."""
+    captures = (*spec.captures, *(Captured((), "float32") for _ in range(3)))
+    query, key, value = (Capture(len(spec.captures) + place) for place in range(3))
+    dot = apply("mul", apply("mul", query, key), S)
+
+    def kind_of(slot: int) -> str:
+        name = captures[slot].dtype
+        return "bool" if name == "bool" else "int" if name.startswith(("int", "uint")) else "float"
+
+    score: Expr = rewrite(spec.score, lambda part: dot if part == S else part)
+    return replace(
+        spec,
+        score=normalise(score, kind_of),  # type: ignore[arg-type]  # one of three names
+        weight=normalise(apply("mul", value, spec.weight), kind_of),  # type: ignore[arg-type]
+        captures=captures,
+        weight_dtype=dtype,
+        out_dtype=out,
+    )
+
+
+def with_quantised(builder: Builder, operands: Operands, dtype: torch.dtype) -> Operands:
+    """The operands rounded to ``dtype``, and their scales behind the other captures."""
+    pairs = [_rounded(builder, node, dtype) for node in (operands.query, operands.key, operands.value)]
+    (query, key, value), scales = zip(*pairs, strict=True)
+    return Operands(query, key, value, (*operands.captures, *scales), operands.symbols)
+
+
+def _rounded(builder: Builder, node: Node, dtype: torch.dtype) -> tuple[Node, Node]:
+    largest = torch.finfo(dtype).max
+    wide = builder.call(_ATEN.to.dtype, node, torch.float32)
+    everything = list(range(facts.rank(node)))
+    top = builder.call(_ATEN.amax.default, builder.call(_ATEN.abs.default, wide), everything, True)
+    scale = builder.call(_ATEN.clamp.default, builder.call(_ATEN.div.Scalar, top, largest), _LEAST)
+    units = builder.call(_ATEN.div.Tensor, wide, scale)
+    return builder.call(_ATEN.to.dtype, builder.call(_ATEN.clamp.default, units, -largest, largest), dtype), scale
