@@ -50,8 +50,8 @@ def _scaled(spec: AttentionSpec, dtype: str, out: str) -> AttentionSpec:
     score: Expr = rewrite(spec.score, lambda part: dot if part == S else part)
     return replace(
         spec,
-        score=normalise(score, kind_of),  # type: ignore[arg-type]  # one of three names
-        weight=normalise(apply("mul", value, spec.weight), kind_of),  # type: ignore[arg-type]
+        score=normalise(score, kind_of),
+        weight=normalise(apply("mul", value, spec.weight), kind_of),
         captures=captures,
         weight_dtype=dtype,
         out_dtype=out,
