@@ -33,8 +33,7 @@ class Shape:
 
 #: Head size at most, then the schedule; for elements of one byte, of one byte in the first product, and of two.
 _HOPPER_FLOAT8 = (
-    (64, Schedule(rows=64, keys=128, loading="descriptor", warps=4, stages=3)),
-    (128, Schedule(rows=64, keys=128, loading="descriptor", warps=4, stages=3)),
+    (128, Schedule(rows=64, keys=128, loading="descriptor", warps=4, stages=2)),
     (256, Schedule(rows=128, keys=64, loading="descriptor", warps=8, stages=2)),
     (512, Schedule(rows=64, keys=32, loading="descriptor", warps=8, stages=1)),
 )
