@@ -27,7 +27,7 @@ from attnfuse.reference import attention
 from attnfuse.score import parse
 from attnfuse.spec import AttentionSpec, Captured
 
-__all__ = ["Row", "as_text", "hopper", "plot"]
+__all__ = ["Case", "Row", "as_text", "hopper", "plot", "save"]
 
 ROUNDS, WARMUP, REPEAT = 3, 10, 80
 
@@ -176,19 +176,21 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 # --- measuring --------------------------------------------------------------------------------------
 
 
-def hopper(only: str = "", json_path: Path | None = None) -> list[Row]:
+def hopper(only: str = "") -> list[Row]:
     """Every case whose name, width or length contains ``only``; needs a Hopper GPU and Triton."""
     cases = [case for case in CASES if not only or only in f"{case.name} {case.shape}"]
     _build_ahead(cases)
-    rows = [_measured(case) for case in cases]
-    if json_path is not None:
-        about = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "rows": [asdict(row) for row in rows],
-        }
-        json_path.write_text(json.dumps(about, indent=1))
-    return rows
+    return [_measured(case) for case in cases]
+
+
+def save(rows: list[Row], path: Path) -> None:
+    """Rows as JSON, and on what they were measured."""
+    about = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(about, indent=1))
 
 
 def _build_ahead(cases: list[Case]) -> None:

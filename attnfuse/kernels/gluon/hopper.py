@@ -27,8 +27,8 @@ from attnfuse.target import Target
 __all__ = ["Gluon"]
 
 DTYPES = (torch.bfloat16, torch.float16)
-#: The kernel whose backward is used.
-BACKWARD = "triton"
+#: The kernel whose backward is used where this one's declines, and the widest head of this one's.
+BACKWARD, WIDEST_BACKWARD = "triton", 128
 #: Operations a second of both products, by the widest head's tile, and the share of it with a program; measured on one
 #: H200, long sequences.
 RATES = {64: 480e12, 128: 640e12, 256: 680e12}
@@ -118,9 +118,14 @@ class Gluon(Kernel):
         needs: Sequence[bool],
         residual: Residual,
     ) -> tuple[Tensor | None, ...]:
-        """The gradients that the kernel ``triton`` computes from this forward's ``out`` and ``lse``."""
-        other = lookup(BACKWARD)
-        return other.backward(spec, grad_out, query, key, value, captures, symbols, needs, residual)
+        """Gradients in five products a tile; those of the kernel ``triton`` where :func:`declined` has a reason."""
+        shapes = (query.shape, key.shape, value.shape)
+        if residual.lse is None or 0 in (*query.shape, *key.shape, *value.shape) or declined(spec, *shapes):
+            other = lookup(BACKWARD)
+            return other.backward(spec, grad_out, query, key, value, captures, symbols, needs, residual)
+        from attnfuse.kernels.gluon.gradients import HopperGradients  # noqa: PLC0415 - see _forward
+
+        return HopperGradients(spec, grad_out, query, key, value, captures, symbols, needs, residual).run()
 
 
 def _forward(
@@ -141,6 +146,20 @@ def _forward(
         return forward(spec, query, key, value, captures, symbols, with_lse=with_lse, meta=meta)
     out, lse = forward(spec, query[None], key[None], value[None], captures, symbols, with_lse=with_lse, meta=meta)
     return out[0], None if lse is None else lse[0]
+
+
+def declined(
+    spec: AttentionSpec, query: Sequence[int], key: Sequence[int], value: Sequence[int]
+) -> tuple[str, ...]:
+    """Why a backward of operands of these shapes is left to another kernel, one sentence a reason."""
+    widths, pairs = (query[-1], value[-1]), math.prod(query[:-2])
+    reasons = [
+        (torch.are_deterministic_algorithms_enabled(), "it adds to the query's gradient in no order"),
+        (max(widths) > WIDEST_BACKWARD, f"it has heads of {WIDEST_BACKWARD} at most, not {max(widths)}"),
+        (tuple(query[:-3]) != tuple(key[:-3]), "its key and value have a batch of their own"),
+        (pairs * query[-2] >= 2**31, "it counts rows in 31 bits"),
+    ]
+    return tuple(reason for holds, reason in reasons if holds)
 
 
 # --- what it refuses --------------------------------------------------------------------------------

@@ -1,0 +1,50 @@
+"""The compile-time choices of the backward body."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["BackwardMeta", "backward_meta"]
+
+
+@dataclass(frozen=True)
+class BackwardMeta:
+    """What a backward knows when it is compiled: first what tuning chooses, then facts of the attention.
+
+    ``head_block`` and ``value_block`` are the widths of tiles, ``block_m`` their rows, ``block_n`` their keys;
+    ``stages`` tiles of queries and of gradients are in shared memory. ``longest_first`` orders a causal mask's blocks.
+    """
+
+    head_block: int
+    value_block: int
+    block_m: int = 64
+    block_n: int = 128
+    stages: int = 3
+    longest_first: bool = False
+    #: The band is closed on the left, on the right; the last tile is not full of keys, not full of rows.
+    left: bool = False
+    right: bool = False
+    ragged: bool = False
+    ragged_rows: bool = False
+    #: Logits may be as large as floats are; a row may keep nothing behind a finite fill.
+    huge: bool = False
+    uncertain: bool = False
+    #: A capture that varies along rows and keys is read in panels, by the copy engine; it varies along batch, head.
+    panel: bool = False
+    panel_batch: bool = False
+    panel_head: bool = False
+
+    @property
+    def registers_at_entry(self) -> int:
+        """Of each thread: a multiprocessor's, shared by two consumers and a warpgroup of copies, in steps of 8."""
+        return 65536 // (128 * 3) // 8 * 8
+
+
+#: Widths of a tile; a head's is rounded up, and what is beyond it reads as zero.
+WIDTHS = (64, 128)
+
+
+def backward_meta(width: int, value_width: int) -> BackwardMeta:
+    """The choices for heads of these widths, up to 128; measured on one H200 (NOTES.md says how)."""
+    blocks = [next(block for block in WIDTHS if size <= block) for size in (width, value_width)]
+    return BackwardMeta(*blocks)

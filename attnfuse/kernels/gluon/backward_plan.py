@@ -1,0 +1,151 @@
+"""What a backward launch needs that depends on shapes, strides and the spec alone: made once, kept for the next call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from attnfuse.kernels.gluon.backward_build import BackwardSource, build_backward
+from attnfuse.kernels.gluon.backward_meta import BackwardMeta, backward_meta
+from attnfuse.kernels.gluon.plan import _NAMES
+from attnfuse.kernels.gluon.reads import given, reads_of
+from attnfuse.kernels.schedule import Schedule
+from attnfuse.kernels.triton.gradients import Gradients
+from attnfuse.kernels.triton.memory import capture_strides, memory_of
+from attnfuse.kernels.triton.plan import BackwardPlan as Programs
+from attnfuse.kernels.triton.text import function_text
+from attnfuse.score import Capture, Expr
+from attnfuse.spec import AttentionSpec
+
+__all__ = ["BackwardPlan", "backward_planned", "backward_sourced", "padded"]
+
+#: Bytes that stay in the L2 cache while all blocks that share them run (H200 has 60 MB, in two halves).
+CACHED = 24 << 20
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """One compiled backward, the shapes and strides of its descriptors, and the numbers it is launched with."""
+
+    run: Callable[..., None]
+    device: int
+    #: Of query, key, value, their output's gradient, and the gradients of query, key and value.
+    layouts: tuple[Layout, ...]
+    #: The capture that is read in panels, and its layout.
+    panel: tuple[int, Layout] | None
+    captures: int
+    numbers: tuple[Any, ...]
+    #: What dQ is to be multiplied by.
+    factor: float
+
+
+_PLANS: dict[Any, tuple[AttentionSpec, BackwardPlan]] = {}
+
+
+def backward_planned(gradients: Gradients, read: Sequence[Tensor]) -> BackwardPlan:
+    """The plan of one backward, whose query, key, value and output's gradient are loaded from ``read``, 4-D."""
+    spec, captures = gradients.spec, gradients.captures[: len(gradients.spec.captures)]
+    facts = tuple((x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in (*read, *captures))
+    # hashing a spec walks its programs; the table keeps the spec alive, so its id stays its own
+    key = (id(spec), facts, tuple(gradients.symbols), read[0].device.index)
+    found = _PLANS.get(key)
+    if found is None:
+        found = _PLANS[key] = (spec, _made(gradients, read))
+    return found[1]
+
+
+def backward_sourced(gradients: Gradients, meta: BackwardMeta | None = None) -> tuple[BackwardSource, Programs]:
+    """What is to be compiled, and the programs it is made of."""
+    spec, symbols = gradients.spec, len(gradients.symbols)
+    captures = gradients.captures[: len(spec.captures)]
+    chosen = meta or backward_meta(gradients.query.shape[-1], gradients.value.shape[-1])
+    programs = gradients.plan(Schedule(rows=chosen.block_m, keys=chosen.block_n))
+    memories = tuple(map(memory_of, captures))
+    # what the copy engine cannot load has no stride that it could load by
+    strides = [x.strides if x.aligned else (0,) for x in memories]
+    reads = reads_of(spec, programs.masked_program, strides, [x.dtype for x in memories])
+    write = partial(function_text, captures=spec.captures, fast=programs.fast, wide=programs.wide)
+    steps = capture_strides(spec, memories)
+    source = BackwardSource(
+        _with_facts(chosen, spec, programs, reads),
+        _NAMES[gradients.query.dtype],
+        *(write(given(program, spec.captures, symbols)) for program in _four(programs)),
+        tuple(_NAMES[x.dtype] for x in memories),
+        tuple("constexpr" if step == 1 else "i64" if step >= 2**31 else "i32" for step in steps),
+        symbols,
+        reads,
+        tuple(write(Capture(slot)) for slot in range(len(captures))),
+    )
+    return source, programs
+
+
+def _four(programs: Programs) -> tuple[Expr, Expr, Expr, Expr]:
+    return (
+        programs.masked_program,
+        programs.core_program,
+        programs.masked_pulled_program,
+        programs.core_pulled_program,
+    )
+
+
+def _with_facts(meta: BackwardMeta, spec: AttentionSpec, programs: Programs, reads: tuple[str, ...]) -> BackwardMeta:
+    axes = spec.captures[reads.index("panel")].axes if "panel" in reads else ()
+    return replace(
+        meta,
+        longest_first=programs.right and not programs.left,
+        left=programs.left,
+        right=programs.right,
+        ragged=not programs.even,
+        ragged_rows=not programs.even_rows,
+        huge=programs.huge,
+        uncertain=programs.uncertain,
+        panel="panel" in reads,
+        panel_batch="b0" in axes,
+        panel_head="h" in axes,
+    )
+
+
+def _made(gradients: Gradients, read: Sequence[Tensor]) -> BackwardPlan:
+    source, programs = backward_sourced(gradients)
+    query, key, value, _ = read
+    batch, heads, rows, width = query.shape
+    kv_heads, keys, value_width = key.shape[1], key.shape[2], value.shape[3]
+    pairs, group, key_tiles = batch * kv_heads, heads // kv_heads, -(-keys // source.meta.block_n)
+    # queries, gradients and the float32 sums that dQ is added to
+    together = max(1, min(pairs, CACHED // (rows * group * (2 * width + 2 * value_width + 4 * width))))
+    sizes = (heads, group, rows, padded(rows), keys, *gradients.band, key_tiles, pairs, together)
+    steps = capture_strides(gradients.spec, gradients.memories[3:])
+    slot = source.reads.index("panel") if source.meta.panel else None
+    return BackwardPlan(
+        run=build_backward(source)[(pairs * key_tiles, 1, 1)],
+        device=query.device.index,
+        layouts=(*map(_layout, read), *(_dense(x) for x in read[:3])),
+        panel=None if slot is None else (slot, _layout(gradients.captures[slot])),
+        captures=len(gradients.spec.captures),
+        # programs and meta are compiled in
+        numbers=(steps, tuple(gradients.symbols), *sizes, programs.exponent, programs.factor, None, None),
+        factor=programs.factor,
+    )
+
+
+def padded(rows: int) -> int:
+    """Rows in steps of 16 bytes of float32: TMA's tiles start at multiples of them."""
+    return -(-rows // 4) * 4
+
+
+def _layout(tensor: Tensor) -> Layout:
+    """Shape and strides of a descriptor, four dimensions."""
+    shape, strides, _ = memory_of(tensor).described("d", 0, 0)
+    return tuple(shape), tuple(strides)
+
+
+def _dense(like: Tensor) -> Layout:
+    """Of room for a gradient, laid out as ``[B, M, H, D]``."""
+    batch, heads, rows, width = like.shape
+    return (batch, heads, rows, width), (rows * heads * width, width, heads * width, 1)

@@ -1,0 +1,118 @@
+"""The Gluon backward on a Hopper GPU beside those of cuDNN and FlexAttention: as :mod:`benchmark.hopper` has forwards.
+
+A backward counts five products. Times are those of the backward alone, of a forward that kept its lse; a captured bias
+and sinks ask for their gradients too. Errors are the largest of the gradients' of one head. Reached by ``python
+scripts/bench.py --hopper``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnfuse.kernels import Residual, lookup
+from attnfuse.reference import attention
+from benchmark.hopper import CASES, Case, Row, _captures, _cudnn, _error, _flex, _times
+
+__all__ = ["backward_rows"]
+
+#: Operations of a backward's five products, in those of a forward's two.
+PRODUCTS = 2.5
+SHAPES = ((4, 16, 4096, 128), (8, 16, 8192, 128), (1, 32, 16384, 128), (4, 32, 4096, 64))
+TARGET, TARGET_OF_PROGRAMS = 1.0, 1.5
+
+Grads = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One attention's leaves and the gradient of its output; which captures have gradients follows from their dtype."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    captures: list[Tensor]
+    grad: Tensor
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What gradients are asked for."""
+        floats = [x for x in self.captures if x.is_floating_point()]
+        return [self.query, self.key, self.value, *floats]
+
+    @property
+    def needs(self) -> list[bool]:
+        """The same, of each operand."""
+        return [True] * 3 + [x.is_floating_point() for x in self.captures]
+
+    def head(self) -> Training:
+        """The first head of the first batch, in float64, as leaves."""
+        return Training(*map(_first, (self.query, self.key, self.value)), [*map(_first, self.captures)],
+                        self.grad[:1, :1].double())  # fmt: skip
+
+
+def _first(tensor: Tensor) -> Tensor:
+    cut = tensor.detach()[:1, :1]
+    return cut.double().requires_grad_() if cut.is_floating_point() else cut
+
+
+def backward_rows(only: str = "") -> list[Row]:
+    """Every case whose name, width or length contains ``only``; needs a Hopper GPU and Triton."""
+    return [_measured(case) for case in _cases() if not only or only in f"{case.name} {case.shape}"]
+
+
+def _cases() -> Iterator[Case]:
+    for case in CASES:
+        if case.peer == "cudnn" and case.shape in SHAPES:
+            yield replace(case, target=TARGET)
+        elif case.peer == "flex":
+            yield replace(case, target=TARGET_OF_PROGRAMS)
+
+
+def _measured(case: Case) -> Row:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    operands = [torch.randn(case.shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    captures = [x.requires_grad_(x.is_floating_point()) for x in _captures(case, "cuda")]
+    training = Training(*(x.requires_grad_() for x in operands[:3]), captures, operands[3])
+    peer, ours = _peer(case, training), _ours(case, training)
+    true = _true(case, training.head())
+    errors = [_largest(run(), true) for run in (peer, ours)]
+    peer_ms, ours_ms = _times([peer, ours])
+    flops = PRODUCTS * case.flops
+    return Row(
+        f"{case.name}, backward {case.shape}", case.peer, peer_ms, ours_ms, flops / peer_ms / 1e9,
+        flops / ours_ms / 1e9, peer_ms / ours_ms, case.target, *errors,
+    )  # fmt: skip
+
+
+def _peer(case: Case, given: Training) -> Callable[[], Grads]:
+    operands = (given.query, given.key, given.value)
+    run = _cudnn(case, *operands) if case.peer == "cudnn" else _flex(case, *operands, given.captures)
+    out = run()
+    return lambda: torch.autograd.grad(out, given.leaves, given.grad, retain_graph=True)
+
+
+def _ours(case: Case, given: Training) -> Callable[[], Grads]:
+    kernel = lookup("gluon")
+    query, key, value, *captures = (x.detach() for x in (given.query, given.key, given.value, *given.captures))
+    residual = Residual(*kernel.run_with_lse(case.spec, query, key, value, captures, ()))
+
+    def run() -> Grads:
+        found = kernel.backward(case.spec, given.grad, query, key, value, captures, (), given.needs, residual)
+        return tuple(x for x in found if x is not None)
+
+    return run
+
+
+def _true(case: Case, head: Training) -> Grads:
+    out, _ = attention(case.spec, head.query, head.key, head.value, head.captures, ())
+    return torch.autograd.grad(out, (head.query, head.key, head.value), head.grad)
+
+
+def _largest(found: Grads, true: Grads) -> float:
+    """Of query, key and value: a capture's gradient sums heads and batches."""
+    return max(_error(x[:1, :1], want) for x, want in zip(found, true, strict=False))

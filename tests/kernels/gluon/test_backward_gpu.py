@@ -1,0 +1,85 @@
+"""On a Hopper GPU: gradients of every spec and size that is not declined, as exact as the written-out program's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnfuse.kernels import lookup
+from attnfuse.kernels.gluon.hopper import declined
+from attnfuse.target import Target
+from tests.kernels.cases import SIZES, SPECS, Case, Sizes, assert_as_exact, case, written_out
+from tests.kernels.gluon.test_gpu import WIDE, pytestmark  # noqa: F401 - a mark of this module's tests
+from tests.kernels.test_backward import gradients
+
+NARROW = {name: sizes for name, sizes in {**SIZES, **WIDE}.items() if max(sizes.width, sizes.value_width) <= 128}
+
+
+@pytest.fixture(autouse=True)
+def _own_backward(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails where the gradients would be another kernel's."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the backward is another kernel's")
+
+    monkeypatch.setattr(type(lookup("triton")), "backward", refuse)
+    yield
+
+
+def checked(given: Case) -> None:
+    moved = [x.to("cuda") for x in given.operands]
+    given = Case(given.spec, *moved[:3], tuple(moved[3:]))
+    grad_out = torch.randn(*given.query.shape[:-1], given.value.shape[-1], device="cuda").to(given.value.dtype)
+    leaves = given.leaves()
+    floats = [x for x in leaves.operands if x.requires_grad]
+    source = torch.autograd.grad(written_out(leaves), floats, grad_out, allow_unused=True)
+    source = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(floats, source, strict=True)]
+    assert_as_exact(gradients(given, "gluon", grad_out), source, gradients(given.to(torch.float64), None, grad_out), 8.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", NARROW)
+@pytest.mark.parametrize("name", SPECS)
+def test_as_exact_as_the_written_out_program(name: str, sizes: str, dtype: torch.dtype) -> None:
+    given = case(SPECS[name], NARROW[sizes], dtype)
+    shapes = (given.query.shape, given.key.shape, given.value.shape)
+    if lookup("gluon").reasons_against(given.problem(), Target.parse("cuda:sm90")) or declined(given.spec, *shapes):
+        pytest.skip("refused")
+    checked(given)
+
+
+@pytest.mark.parametrize("mask", ["0.1 * s", "causal", "window"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_every_number_of_tiles(width: int, mask: str) -> None:
+    """From one to several, whole and cut, of rows and of keys."""
+    score = SPECS["plain" if mask == "0.1 * s" else mask]
+    for rows in (1, 64, 65, 130, 300):
+        for keys in (1, 128, 129, 300, 520):
+            # a causal row keeps its first key, a row past the window's last key keeps none
+            sizes = Sizes(batch=(1,), heads=2, kv_heads=1, rows=rows, keys=keys, width=width, value_width=width)
+            if mask != "window" or rows <= keys:
+                checked(case(score, sizes, torch.bfloat16))
+
+
+def test_any_strides() -> None:
+    given = case(SPECS["causal"], WIDE["128"], torch.bfloat16)
+    moved = [x.cuda() for x in given.operands]
+    given = Case(given.spec, *moved)
+    grad_out = torch.randn(*given.query.shape[:-1], 1, device="cuda", dtype=torch.bfloat16).expand(given.query.shape)
+    found, wanted = gradients(given.transposed(), "gluon", grad_out), gradients(given, "gluon", grad_out.contiguous())
+    # two sums of the same numbers in another order
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7 * float(b.abs().max()))
+
+
+def test_keys_and_values_are_exact_again() -> None:
+    """Only the query's gradient is added up in no order."""
+    given = case(SPECS["causal"], WIDE["128"], torch.bfloat16)
+    given = Case(given.spec, *[x.cuda() for x in given.operands])
+    grad_out: Tensor = torch.randn_like(given.query)
+    runs = [gradients(given, "gluon", grad_out) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1:], runs[1][1:], strict=True))
