@@ -222,7 +222,7 @@ def add(dq, q, panel, sizes, meta: gl.constexpr):
     span = row_tiles(key_tile * meta.block_n, sizes, meta)
     step = 0
     for member in range(sizes.group):
-        batch, head, _ = head_of(pair, member, sizes)
+        _, _, flat = head_of(pair, member, sizes)
         for tile in range(span.start, span.stop):
             mbarrier.wait(dq.full.index(0), step & 1)
             if step > 0:
@@ -230,17 +230,33 @@ def add(dq, q, panel, sizes, meta: gl.constexpr):
                 mbarrier.arrive(q.empty.index((step - 1) % meta.stages), count=1)
             if meta.panel:
                 mbarrier.arrive(panel.empty.index(0), count=1)
-            async_add_shared_to_global(dq.desc, [batch, head, tile * meta.block_m, 0], dq.room.index(0))
+            place = (flat * gl.cdiv(sizes.rows, meta.block_m) + tile) * dq.desc.block_type.shape[0]
+            async_add_shared_to_global(dq.desc, [place, 0], dq.room.index(0))
             tma.store_wait(0)
             mbarrier.arrive(dq.empty.index(0), count=1)
             step += 1
 
 
 @gluon.jit
+def as_threads_have_it(found, meta: gl.constexpr):
+    """A tile of dQ in an order of its own: four numbers of one thread, then the next thread's, in rows of 256.
+
+    In the order of rows and columns two threads of eight would store to the same banks of shared memory.
+    :func:`attnfuse.kernels.gluon.finish.finish` knows the order.
+    """
+    DOWN: gl.constexpr = meta.block_m // 16
+    ACROSS: gl.constexpr = WARPS // DOWN
+    FOURS: gl.constexpr = meta.head_block // ACROSS // 16
+    parts = gl.reshape(found, [DOWN, 2, 8, ACROSS, FOURS, 2, 4, 2])
+    return gl.reshape(gl.permute(parts, [4, 1, 0, 3, 2, 6, 5, 7]), [meta.block_m * meta.head_block // 256, 256])
+
+
+@gluon.jit
 def leave(dq, found, step, meta: gl.constexpr):
     """A tile of dQ to where :func:`add` takes it from."""
+    ordered = as_threads_have_it(found, meta)
     mbarrier.wait(dq.empty.index(0), (step & 1) ^ 1)
-    dq.room.index(0).reshape([meta.block_m, meta.head_block]).store(found)
+    dq.room.index(0).store(ordered)
     fence_async_shared()
     mbarrier.arrive(dq.full.index(0), count=1)
 
@@ -304,32 +320,27 @@ def with_panel(found, s, panel, step, programs: gl.constexpr, meta: gl.constexpr
 
 
 @gluon.jit
-def weights(
-    s, top, m, n, batch, head, given, sizes, tensors, programs: gl.constexpr, meta: gl.constexpr, PARTIAL: gl.constexpr
-):  # fmt: skip
-    """``2 ** (exponent * (u - top))`` of a tile; zero beyond the last key."""
-    if PARTIAL:
-        u = programs.masked(s, s, (batch,), head, m, n, tensors.captures, tensors.strides, given)
-    else:
-        u = programs.core(s, s, (batch,), head, m, n, tensors.captures, tensors.strides, given)
+def cut(found, OUTSIDE: gl.constexpr, col, row, sizes, meta: gl.constexpr):
+    """``OUTSIDE`` beyond the last key, and outside of the band unless the program has a fill of its own there."""
+    n = gl.expand_dims(col, 1)
+    m = gl.expand_dims(row, 0)
+    keep = n < sizes.keys
+    if meta.right and not meta.filled:
+        keep = keep & (n <= m + sizes.right)
+    if meta.left and not meta.filled:
+        keep = keep & (n >= m + sizes.left)
+    return gl.where(keep, found, OUTSIDE)
+
+
+@gluon.jit
+def weights(u, top, sizes, meta: gl.constexpr):
+    """``2 ** (exponent * (u - top))`` of a tile."""
     if meta.huge:
         p = gl.exp2((u - top) * sizes.exponent)
     else:
         # one multiply-add feeds each exp2
         p = gl.exp2(u * sizes.exponent - top * sizes.exponent)
     return p
-
-
-@gluon.jit
-def pulled(
-    s, dx, m, n, batch, head, given, tensors, programs: gl.constexpr, PARTIAL: gl.constexpr
-):  # fmt: skip
-    """The gradient of the raw scores, divided by the logit's factor."""
-    if PARTIAL:
-        ds = programs.masked_pulled(s, dx, (batch,), head, m, n, tensors.captures, tensors.strides, given)
-    else:
-        ds = programs.core_pulled(s, dx, (batch,), head, m, n, tensors.captures, tensors.strides, given)
-    return ds
 
 
 @gluon.jit
@@ -348,7 +359,6 @@ def consume(
     )
     row_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q.desc.dtype
-    MASKED: gl.constexpr = meta.left or meta.right or meta.ragged
     keys = k.room.index(0).reshape([BN, meta.head_block])
     values = v.room.index(0).reshape([BN, meta.value_block])
 
@@ -383,18 +393,14 @@ def consume(
         top = gl.expand_dims(top, 0)
         s = warpgroup_mma_wait(1, deps=[s])
         given = tensors.symbols + with_panel(found, s, panel, step, programs, meta)
-        partial = (tile < span.whole_start) | (tile >= span.whole_stop)
-        if meta.ragged:
-            partial = partial | (first + BN > sizes.keys)
-        if MASKED:
+        u = programs.score(s, s, (batch,), head, m, n, tensors.captures, tensors.strides, given)
+        if meta.left or meta.right or meta.ragged:
+            partial = first + BN > sizes.keys
+            if meta.left or meta.right:
+                partial = partial | (tile < span.whole_start) | (tile >= span.whole_stop)
             if partial:
-                p = weights(s, top, m, n, batch, head, given, sizes, tensors, programs, meta, True)
-                if meta.ragged:
-                    p = gl.where(gl.expand_dims(col, 1) < sizes.keys, p, 0.0)
-            else:
-                p = weights(s, top, m, n, batch, head, given, sizes, tensors, programs, meta, False)
-        else:
-            p = weights(s, top, m, n, batch, head, given, sizes, tensors, programs, meta, False)
+                u = cut(u, float("-inf"), col, row, sizes, meta)
+        p = weights(u, top, sizes, meta)
         if meta.uncertain:
             norm = of_rows(sums.norm, step, meta, row_layout)
             if meta.ragged_rows:
@@ -408,15 +414,11 @@ def consume(
             delta = gl.where(row < sizes.rows, delta, 0.0)
         dp = warpgroup_mma_wait(1, deps=[dp])
         dx = p * (dp - gl.expand_dims(delta, 0))
-        if MASKED:
+        if meta.uncertain and (meta.left or meta.right or meta.ragged):
+            # the weights of a row that keeps no key are NaN, its masked scores have no gradient
             if partial:
-                ds = pulled(s, dx, m, n, batch, head, given, tensors, programs, True)
-                if meta.ragged:
-                    ds = gl.where(gl.expand_dims(col, 1) < sizes.keys, ds, 0.0)
-            else:
-                ds = pulled(s, dx, m, n, batch, head, given, tensors, programs, False)
-        else:
-            ds = pulled(s, dx, m, n, batch, head, given, tensors, programs, False)
+                dx = cut(dx, 0.0, col, row, sizes, meta)
+        ds = programs.pulled(s, dx, (batch,), head, m, n, tensors.captures, tensors.strides, given)
         ds = ds.to(dtype)
         ds_half = gl.convert_layout(ds, gl.DotOperandLayout(0, dk_layout, 2))
         queries = q.room.index(place).reshape([BM, meta.head_block])
@@ -474,11 +476,11 @@ def attention_backward(
     heads, group, rows, padded_rows, keys, left, right, key_tiles, pairs, together, exponent, factor,
     programs: gl.constexpr, meta: gl.constexpr,
 ):  # fmt: skip
-    """Adds to ``dq [B, H, M, D]``, float32 and not yet multiplied by ``factor``; writes ``dk`` and ``dv [B, Hk, N, D]``.
+    """Adds to ``dq``, of which :func:`as_threads_have_it` tells; writes ``dk`` and ``dv [B, Hk, N, D]``.
 
     ``top``, ``norm`` and ``delta [B * H * padded_rows]`` are what :func:`attnfuse.kernels.triton.backward.row_sums` finds, and
-    programs those of its launches: ``masked`` for any score, ``core`` for those inside of the band, and what pulls
-    gradients back through them. ``programs.reads`` and ``.loaders`` are as in the forward.
+    programs those of its launches: ``score``, and ``pulled`` back from its gradient. ``programs.reads`` and
+    ``.loaders`` are as in the forward.
     """
     k = tiles_for(k_desc, 1)
     v = tiles_for(v_desc, 1)

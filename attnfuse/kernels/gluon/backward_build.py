@@ -17,19 +17,16 @@ from attnfuse.kernels.gluon.build import HOPPER, _descriptor, _function
 __all__ = ["BackwardSource", "build_backward"]
 
 _SIZES = ("heads", "group", "rows", "padded_rows", "keys", "left", "right", "key_tiles", "pairs", "together")
-_PROGRAMS = ("masked", "core", "masked_pulled", "core_pulled")
 
 
 @dataclass(frozen=True)
 class BackwardSource:
-    """What a compiled backward depends on: as :class:`attnfuse.kernels.gluon.build.Source`, with four programs."""
+    """What a compiled backward depends on: as :class:`attnfuse.kernels.gluon.build.Source`, with other programs."""
 
     meta: BackwardMeta
     dtype: str
-    masked: str
-    core: str
-    masked_pulled: str
-    core_pulled: str
+    score: str
+    pulled: str
     captures: tuple[str, ...] = ()
     strides: tuple[str, ...] = ()
     symbols: int = 0
@@ -41,10 +38,8 @@ class BackwardSource:
 class BackwardPrograms:
     """A source's programs as jit functions; ``reads`` and ``loaders`` as in the forward's."""
 
-    masked: Any
-    core: Any
-    masked_pulled: Any
-    core_pulled: Any
+    score: Any
+    pulled: Any
     reads: tuple[str, ...]
     loaders: tuple[Any, ...]
 
@@ -57,7 +52,7 @@ def build_backward(source: BackwardSource) -> Any:
     ones = [place for place, kind in enumerate(source.strides) if kind == "constexpr"]
     absent = [("panel_desc", meta.panel), ("norm_desc", meta.uncertain), ("strange", meta.uncertain)]
     programs = BackwardPrograms(
-        *(_function(getattr(source, name)) for name in _PROGRAMS), source.reads, tuple(map(_function, source.loaders))
+        _function(source.score), _function(source.pulled), source.reads, tuple(map(_function, source.loaders))
     )
     constants: dict[str | tuple[int, ...], Any] = {
         "meta": meta,
@@ -72,7 +67,7 @@ def build_backward(source: BackwardSource) -> Any:
 def _signature(source: BackwardSource) -> dict[str, Any]:
     meta = source.meta
     panels = [kind for kind, read in zip(source.captures, source.reads, strict=True) if read == "panel"]
-    vector = _vector(meta.block_m)
+    vector = _numbers([meta.block_m])
     return {
         "q_desc": _descriptor(source.dtype, meta.block_m, meta.head_block),
         "k_desc": _descriptor(source.dtype, meta.block_n, meta.head_block),
@@ -82,7 +77,7 @@ def _signature(source: BackwardSource) -> dict[str, Any]:
         "norm_desc": vector if meta.uncertain else "constexpr",
         "delta_desc": vector,
         "panel_desc": _descriptor(panels[0], meta.block_m, meta.block_n) if panels else "constexpr",
-        "dq_desc": _descriptor("fp32", meta.block_m, meta.head_block),
+        "dq_desc": _numbers([meta.block_m * meta.head_block // 256, 256]),
         "dk_desc": _descriptor(source.dtype, meta.block_n, meta.head_block),
         "dv_desc": _descriptor(source.dtype, meta.block_n, meta.value_block),
         "strange": "*i32" if meta.uncertain else "constexpr",
@@ -95,6 +90,6 @@ def _signature(source: BackwardSource) -> dict[str, Any]:
     }
 
 
-def _vector(length: int) -> str:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return f"tensordesc<fp32{[length]},{layout!r}>"
+def _numbers(block: list[int]) -> str:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(block))
+    return f"tensordesc<fp32{block},{layout!r}>"

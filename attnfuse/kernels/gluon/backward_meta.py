@@ -26,9 +26,10 @@ class BackwardMeta:
     right: bool = False
     ragged: bool = False
     ragged_rows: bool = False
-    #: Logits may be as large as floats are; a row may keep nothing behind a finite fill.
+    #: Logits may be as large as floats are; a row may keep nothing; what it then sees is a fill of its program.
     huge: bool = False
     uncertain: bool = False
+    filled: bool = False
     #: A capture that varies along rows and keys is read in panels, by the copy engine; it varies along batch, head.
     panel: bool = False
     panel_batch: bool = False

@@ -13,12 +13,13 @@ from attnfuse.kernels.gluon.backward_build import BackwardSource, build_backward
 from attnfuse.kernels.gluon.backward_meta import BackwardMeta, backward_meta
 from attnfuse.kernels.gluon.plan import _NAMES
 from attnfuse.kernels.gluon.reads import given, reads_of
+from attnfuse.kernels.rows import masking_fill
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton.gradients import Gradients
 from attnfuse.kernels.triton.memory import capture_strides, memory_of
 from attnfuse.kernels.triton.plan import BackwardPlan as Programs
 from attnfuse.kernels.triton.text import function_text
-from attnfuse.score import Capture, Expr
+from attnfuse.score import Capture
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["BackwardPlan", "backward_planned", "backward_sourced", "padded"]
@@ -35,13 +36,15 @@ class BackwardPlan:
 
     run: Callable[..., None]
     device: int
-    #: Of query, key, value, their output's gradient, and the gradients of query, key and value.
+    #: Of query, key, value, their output's gradient, what dQ is added to, and the gradients of key and value.
     layouts: tuple[Layout, ...]
     #: The capture that is read in panels, and its layout.
     panel: tuple[int, Layout] | None
     captures: int
     numbers: tuple[Any, ...]
-    #: What dQ is to be multiplied by.
+    #: Rows of 256 numbers that dQ is added to, its tile, and what it is then multiplied by.
+    added: tuple[int, int]
+    tile: tuple[int, int]
     factor: float
 
 
@@ -66,16 +69,19 @@ def backward_sourced(gradients: Gradients, meta: BackwardMeta | None = None) -> 
     captures = gradients.captures[: len(spec.captures)]
     chosen = meta or backward_meta(gradients.query.shape[-1], gradients.value.shape[-1])
     programs = gradients.plan(Schedule(rows=chosen.block_m, keys=chosen.block_n))
+    pair = programs.core_program, programs.core_pulled_program
+    if _filled(spec, programs):
+        pair = programs.masked_program, programs.masked_pulled_program
     memories = tuple(map(memory_of, captures))
     # what the copy engine cannot load has no stride that it could load by
     strides = [x.strides if x.aligned else (0,) for x in memories]
-    reads = reads_of(spec, programs.masked_program, strides, [x.dtype for x in memories])
+    reads = reads_of(spec, pair[0], strides, [x.dtype for x in memories])
     write = partial(function_text, captures=spec.captures, fast=programs.fast, wide=programs.wide)
     steps = capture_strides(spec, memories)
     source = BackwardSource(
         _with_facts(chosen, spec, programs, reads),
         _NAMES[gradients.query.dtype],
-        *(write(given(program, spec.captures, symbols)) for program in _four(programs)),
+        *(write(given(program, spec.captures, symbols)) for program in pair),
         tuple(_NAMES[x.dtype] for x in memories),
         tuple("constexpr" if step == 1 else "i64" if step >= 2**31 else "i32" for step in steps),
         symbols,
@@ -85,19 +91,18 @@ def backward_sourced(gradients: Gradients, meta: BackwardMeta | None = None) -> 
     return source, programs
 
 
-def _four(programs: Programs) -> tuple[Expr, Expr, Expr, Expr]:
-    return (
-        programs.masked_program,
-        programs.core_program,
-        programs.masked_pulled_program,
-        programs.core_pulled_program,
-    )
+def _filled(spec: AttentionSpec, programs: Programs) -> bool:
+    """Whether a key outside of the band may weigh something, so that its fill must be computed."""
+    fill = masking_fill(spec)
+    return programs.uncertain and fill is not None and fill > float("-inf")
 
 
 def _with_facts(meta: BackwardMeta, spec: AttentionSpec, programs: Programs, reads: tuple[str, ...]) -> BackwardMeta:
     axes = spec.captures[reads.index("panel")].axes if "panel" in reads else ()
+    wide = any(x == "panel" and spec.captures[slot].dtype == "float32" for slot, x in enumerate(reads))
     return replace(
         meta,
+        stages=2 if wide else meta.stages,
         longest_first=programs.right and not programs.left,
         left=programs.left,
         right=programs.right,
@@ -105,6 +110,7 @@ def _with_facts(meta: BackwardMeta, spec: AttentionSpec, programs: Programs, rea
         ragged_rows=not programs.even_rows,
         huge=programs.huge,
         uncertain=programs.uncertain,
+        filled=_filled(spec, programs),
         panel="panel" in reads,
         panel_batch="b0" in axes,
         panel_head="h" in axes,
@@ -120,16 +126,20 @@ def _made(gradients: Gradients, read: Sequence[Tensor]) -> BackwardPlan:
     # queries, gradients and the float32 sums that dQ is added to
     together = max(1, min(pairs, CACHED // (rows * group * (2 * width + 2 * value_width + 4 * width))))
     sizes = (heads, group, rows, padded(rows), keys, *gradients.band, key_tiles, pairs, together)
+    tile = source.meta.block_m, source.meta.head_block
+    added = (batch * heads * -(-rows // tile[0]) * tile[0] * tile[1] // 256, 256)
     steps = capture_strides(gradients.spec, gradients.memories[3:])
     slot = source.reads.index("panel") if source.meta.panel else None
     return BackwardPlan(
         run=build_backward(source)[(pairs * key_tiles, 1, 1)],
         device=query.device.index,
-        layouts=(*map(_layout, read), *(_dense(x) for x in read[:3])),
+        layouts=(*map(_layout, read), (added, (256, 1)), *map(_dense, read[1:3])),
         panel=None if slot is None else (slot, _layout(gradients.captures[slot])),
         captures=len(gradients.spec.captures),
         # programs and meta are compiled in
         numbers=(steps, tuple(gradients.symbols), *sizes, programs.exponent, programs.factor, None, None),
+        added=added,
+        tile=tile,
         factor=programs.factor,
     )
 

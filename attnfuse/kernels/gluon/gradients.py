@@ -9,7 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from attnfuse.kernels.gluon.backward import WARPS
 from attnfuse.kernels.gluon.backward_plan import BackwardPlan, backward_planned, padded
+from attnfuse.kernels.gluon.finish import finish
 from attnfuse.kernels.gluon.launch import Descriptor
 from attnfuse.kernels.triton.gradients import Gradients, Sums
 from attnfuse.kernels.triton.launch import on_device
@@ -35,23 +37,37 @@ class HopperGradients(Gradients):
     def _of_operands(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
         read = [_loadable(_four(x)) for x in (self.query, self.key, self.value, self.grad_out)]
         plan = backward_planned(self, read)
-        query, key, value = (_room(x, x.dtype) for x in read[:3])
+        query, key, value = map(_room, read[:3])
         # blocks add to it
-        added = _room(query, torch.float32).zero_()
-        _launch(plan, read, (added, key, value), sums, self.captures)
-        torch.mul(added, plan.factor, out=query)
+        added = query.new_zeros(plan.added, dtype=torch.float32)
+        _launch(plan, read, added, (key, value), sums, self.captures)
+        _finish(plan, added, query)
         return tuple(x.view(like.shape) for x, like in zip((query, key, value), (self.query, self.key, self.value)))
 
 
 def _launch(
-    plan: BackwardPlan, read: Sequence[Tensor], written: Sequence[Tensor], sums: Sums, captures: Sequence[Tensor]
+    plan: BackwardPlan,
+    read: Sequence[Tensor],
+    added: Tensor,
+    written: Sequence[Tensor],
+    sums: Sums,
+    captures: Sequence[Tensor],
 ) -> None:
-    tensors = [Descriptor(x, *layout) for x, layout in zip((*read, *written), plan.layouts, strict=True)]
+    tensors = [Descriptor(x, *layout) for x, layout in zip((*read, added, *written), plan.layouts, strict=True)]
     vectors = [Descriptor(x, (x.numel(),), (1,)) for x in map(_padded, (sums.top, sums.norm, sums.delta))]
     panel = None if plan.panel is None else Descriptor(captures[plan.panel[0]], *plan.panel[1])
     stream = triton.runtime.driver.active.get_current_stream(plan.device)
     strange = (sums.strange, tuple(captures[: plan.captures]))
     plan.run(*tensors[:4], *vectors, panel, *tensors[4:], *strange, *plan.numbers, stream=stream)
+
+
+def _finish(plan: BackwardPlan, added: Tensor, target: Tensor) -> None:
+    _, heads, rows, width = target.shape
+    tile, block = plan.tile
+    programs = added.numel() // (tile * block)
+    finish[(programs,)](
+        added, target, heads, rows, *target.stride()[:3], plan.factor, tile, block, width, WARPS.value, num_warps=8
+    )
 
 
 def _four(tensor: Tensor) -> Tensor:
@@ -70,7 +86,7 @@ def _padded(sums: Tensor) -> Tensor:
     return torch.nn.functional.pad(sums, (0, more)) if more else sums
 
 
-def _room(like: Tensor, dtype: torch.dtype) -> Tensor:
+def _room(like: Tensor) -> Tensor:
     """Room for a gradient, laid out as ``[B, M, H, D]``."""
     batch, heads, rows, width = like.shape
-    return like.new_empty((batch, rows, heads, width), dtype=dtype).transpose(1, 2)
+    return like.new_empty((batch, rows, heads, width)).transpose(1, 2)
