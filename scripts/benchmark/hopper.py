@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -227,7 +227,7 @@ def _measured(case: Case) -> Row:
     return Row(name, case.peer, peer_ms, ours_ms, peer_speed, our_speed, ratio, case.target, errors[0], errors[1])
 
 
-def _times(runs: list[Callable[[], Tensor]]) -> list[float]:
+def _times(runs: Sequence[Callable[[], object]]) -> list[float]:
     from triton.testing import do_bench  # noqa: PLC0415
 
     rounds = [[do_bench(run, warmup=WARMUP, rep=REPEAT, return_mode="median") for run in runs] for _ in range(ROUNDS)]

@@ -50,8 +50,8 @@ class Training:
 
     def head(self) -> Training:
         """The first head of the first batch, in float64, as leaves."""
-        return Training(*map(_first, (self.query, self.key, self.value)), [*map(_first, self.captures)],
-                        self.grad[:1, :1].double())  # fmt: skip
+        query, key, value, *captures = map(_first, (self.query, self.key, self.value, *self.captures))
+        return Training(query, key, value, captures, self.grad[:1, :1].double())
 
 
 def _first(tensor: Tensor) -> Tensor:
@@ -77,7 +77,8 @@ def _measured(case: Case) -> Row:
     torch.compiler.reset()
     operands = [torch.randn(case.shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     captures = [x.requires_grad_(x.is_floating_point()) for x in _captures(case, "cuda")]
-    training = Training(*(x.requires_grad_() for x in operands[:3]), captures, operands[3])
+    query, key, value = (x.requires_grad_() for x in operands[:3])
+    training = Training(query, key, value, captures, operands[3])
     peer, ours = _peer(case, training), _ours(case, training)
     true = _true(case, training.head())
     errors = [_largest(run(), true) for run in (peer, ours)]

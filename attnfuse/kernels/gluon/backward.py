@@ -1,10 +1,10 @@
-"""The backward body: a tile of keys a block, queries streamed past it, five products a tile of scores.
+"""The backward body: a tile of keys a block, queries streamed past it, five products for each tile of scores.
 
-One warp loads tiles by TMA, two warpgroups multiply, one warp adds tiles of dQ to memory. Scores are transposed, ``[keys,
-rows]``, so that the weights and the gradients of scores are in registers what the products of dV and dK take as their
-left operand (FlashAttention-3, https://arxiv.org/abs/2407.08608); only dQ needs them in shared memory. A step's
-products are in flight as long as registers last: dP beside the exponents, dV beside the gradients of scores, dK and
-dQ and the next scores beside what dQ leaves by. Blocks add to dQ in no order, so its last bits differ from run to run.
+One warp loads tiles by TMA, two warpgroups multiply. Scores are transposed, ``[keys, rows]``, so that the weights and
+the gradients of scores are in registers what the products of dV and dK take as their left operand (FlashAttention-3,
+https://arxiv.org/abs/2407.08608); only dQ needs them in shared memory. Products are in flight as long as registers
+last: dP beside the exponents, dV beside the gradients of scores, dK beside dQ's way to memory, which one more
+warp adds to it. Blocks do so in no order, so its last bits differ from run to run; dK and dV are each one block's.
 
 Barriers are named for what they protect: ``*_full`` says that a tile has landed, ``*_empty`` that its room is free.
 """
@@ -32,7 +32,8 @@ WARPS = gl.constexpr(8)
 class Sizes(NamedTuple):
     """The numbers of a launch. ``group`` query heads share a key head; ``pairs`` are batches times key heads.
 
-    ``padded_rows`` lie between the sums of two heads. The keys of row ``m`` lie in ``m + left .. m + right``; ``strange`` is not zero where a row needs all keys.
+    The sums of two heads lie ``padded_rows`` apart. The keys of row ``m`` are ``m + left <= n <= m + right``;
+    ``strange`` is not zero where a row needs all keys.
     """
 
     heads: Any
@@ -201,9 +202,7 @@ def expect(tiles, place, parity, MORE: gl.constexpr):
 @gluon.jit
 def copy(tiles, full, place, batch, head, row, column):
     """Asks for a tile. What lies beyond the tensor is zero."""
-    tma.async_copy_global_to_shared(
-        tiles.desc, [batch, head, row, column], full.index(place), tiles.room.index(place)
-    )
+    tma.async_copy_global_to_shared(tiles.desc, [batch, head, row, column], full.index(place), tiles.room.index(place))
 
 
 @gluon.jit
@@ -310,13 +309,13 @@ def with_panel(found, s, panel, step, programs: gl.constexpr, meta: gl.constexpr
         mbarrier.wait(panel.full.index(0), step & 1)
         loaded = panel.room.index(0).reshape([meta.block_m, meta.block_n]).permute([1, 0])
         values = loaded.load(s.type.layout).to(gl.float32)
-    all_of_them = ()
+    complete = ()
     for slot in gl.static_range(len(programs.reads)):
         if programs.reads[slot] == "panel":
-            all_of_them = all_of_them + (values,)
+            complete = complete + (values,)
         else:
-            all_of_them = all_of_them + (found[slot],)
-    return all_of_them
+            complete = complete + (found[slot],)
+    return complete
 
 
 @gluon.jit
@@ -341,6 +340,15 @@ def weights(u, top, sizes, meta: gl.constexpr):
         # one multiply-add feeds each exp2
         p = gl.exp2(u * sizes.exponent - top * sizes.exponent)
     return p
+
+
+@gluon.jit
+def halves(p, dv_layout: gl.constexpr):
+    """Weights of the first and of the second half of a tile's rows, as left operands."""
+    apart = gl.permute(gl.reshape(p, [p.shape[0], 2, p.shape[1] // 2]), [0, 2, 1])
+    first, second = gl.split(apart)
+    operand: gl.constexpr = gl.DotOperandLayout(0, dv_layout, 2)
+    return gl.convert_layout(first, operand), gl.convert_layout(second, operand)
 
 
 @gluon.jit
@@ -406,8 +414,8 @@ def consume(
             if meta.ragged_rows:
                 norm = gl.where(row < sizes.rows, norm, 0.0)
             p = p * gl.expand_dims(norm, 0)
-        p_half = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, dv_layout, 2))
-        dv = warpgroup_mma(p_half, grads, dv, is_async=True)
+        p_first, p_second = halves(p.to(dtype), dv_layout)
+        dv = warpgroup_mma(p_first, grads.slice(0, BM // 2, 0), dv, is_async=True)
 
         delta = of_rows(sums.delta, step, meta, row_layout)
         if meta.ragged_rows:
@@ -426,10 +434,11 @@ def consume(
         fence_async_shared()
         none = gl.full([BM, meta.head_block], 0.0, gl.float32, dq_layout)
         dq_tile = warpgroup_mma(ds_room.permute([1, 0]), keys, none, use_acc=False, is_async=True)
+        dv = warpgroup_mma(p_second, grads.slice(BM // 2, BM // 2, 0), dv, is_async=True)
         dk = warpgroup_mma(ds_half, queries, dk, is_async=True)
-        dv, dq_tile, p_half = warpgroup_mma_wait(1, deps=[dv, dq_tile, p_half])
+        dq_tile, p_first = warpgroup_mma_wait(2, deps=[dq_tile, p_first])
         leave(dq, dq_tile, step, meta)
-        dk, ds_half = warpgroup_mma_wait(0, deps=[dk, ds_half])
+        dv, dk, p_second, ds_half = warpgroup_mma_wait(0, deps=[dv, dk, p_second, ds_half])
         tile += 1
         if tile == span.stop:
             tile = span.start
@@ -466,7 +475,8 @@ def beside_for(desc, COUNT: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[
-        "heads", "group", "rows", "padded_rows", "keys", "left", "right", "key_tiles", "pairs", "together", "exponent", "factor",
+        "heads", "group", "rows", "padded_rows", "keys", "left", "right", "key_tiles", "pairs", "together",
+        "exponent", "factor",
     ],
     do_not_specialize_on_alignment=["strange"],
 )  # fmt: skip
@@ -476,11 +486,11 @@ def attention_backward(
     heads, group, rows, padded_rows, keys, left, right, key_tiles, pairs, together, exponent, factor,
     programs: gl.constexpr, meta: gl.constexpr,
 ):  # fmt: skip
-    """Adds to ``dq``, of which :func:`as_threads_have_it` tells; writes ``dk`` and ``dv [B, Hk, N, D]``.
+    """Adds to ``dq``, ordered by :func:`as_threads_have_it`, not yet scaled; writes ``dk`` and ``dv [B, Hk, N, D]``.
 
-    ``top``, ``norm`` and ``delta [B * H * padded_rows]`` are what :func:`attnfuse.kernels.triton.backward.row_sums` finds, and
-    programs those of its launches: ``score``, and ``pulled`` back from its gradient. ``programs.reads`` and
-    ``.loaders`` are as in the forward.
+    ``top``, ``norm`` and ``delta [B * H * padded_rows]`` are what :func:`attnfuse.kernels.triton.backward.row_sums`
+    finds, and programs those of its launches: ``score``, and ``pulled`` back from its gradient. ``programs.reads`` and
+    ``.loaders`` are as in the forward. ``panel_desc`` is the capture that is read in panels.
     """
     k = tiles_for(k_desc, 1)
     v = tiles_for(v_desc, 1)

@@ -47,5 +47,5 @@ WIDTHS = (64, 128)
 
 def backward_meta(width: int, value_width: int) -> BackwardMeta:
     """The choices for heads of these widths, up to 128; measured on one H200 (NOTES.md says how)."""
-    blocks = [next(block for block in WIDTHS if size <= block) for size in (width, value_width)]
-    return BackwardMeta(*blocks)
+    head_block, value_block = (next(block for block in WIDTHS if size <= block) for size in (width, value_width))
+    return BackwardMeta(head_block, value_block)

@@ -1,4 +1,4 @@
-"""What a backward launch needs that depends on shapes, strides and the spec alone: made once, kept for the next call."""
+"""What a backward launch needs that depends on shapes, strides and the spec alone: made once, a call adds addresses."""
 
 from __future__ import annotations
 
@@ -69,19 +69,20 @@ def backward_sourced(gradients: Gradients, meta: BackwardMeta | None = None) -> 
     captures = gradients.captures[: len(spec.captures)]
     chosen = meta or backward_meta(gradients.query.shape[-1], gradients.value.shape[-1])
     programs = gradients.plan(Schedule(rows=chosen.block_m, keys=chosen.block_n))
-    pair = programs.core_program, programs.core_pulled_program
+    score, pulled = programs.core_program, programs.core_pulled_program
     if _filled(spec, programs):
-        pair = programs.masked_program, programs.masked_pulled_program
+        score, pulled = programs.masked_program, programs.masked_pulled_program
     memories = tuple(map(memory_of, captures))
     # what the copy engine cannot load has no stride that it could load by
     strides = [x.strides if x.aligned else (0,) for x in memories]
-    reads = reads_of(spec, pair[0], strides, [x.dtype for x in memories])
+    reads = reads_of(spec, score, strides, [x.dtype for x in memories])
     write = partial(function_text, captures=spec.captures, fast=programs.fast, wide=programs.wide)
     steps = capture_strides(spec, memories)
     source = BackwardSource(
         _with_facts(chosen, spec, programs, reads),
         _NAMES[gradients.query.dtype],
-        *(write(given(program, spec.captures, symbols)) for program in pair),
+        write(given(score, spec.captures, symbols)),
+        write(given(pulled, spec.captures, symbols)),
         tuple(_NAMES[x.dtype] for x in memories),
         tuple("constexpr" if step == 1 else "i64" if step >= 2**31 else "i32" for step in steps),
         symbols,

@@ -13,7 +13,7 @@ def finish(
     added, target, heads, rows, at_batch, at_head, at_row, factor,
     TILE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile of ``target [B, H, M, D]`` a program, from tiles as :func:`..backward.as_threads_have_it` orders."""
+    """Writes ``target [B, H, M, D]``, a tile a program, from tiles that a backward added to."""
     DOWN: tl.constexpr = TILE // 16
     ACROSS: tl.constexpr = WARPS // DOWN
     FOURS: tl.constexpr = BLOCK // ACROSS // 16

@@ -1,4 +1,4 @@
-"""The launches of a backward on Hopper: sums of rows, dQ, dK and dV in one body, captures as Triton's backward has them."""
+"""The launches of a backward on Hopper: sums of rows; dQ, dK and dV in one body; captures as in Triton's backward."""
 
 from __future__ import annotations
 
@@ -34,15 +34,17 @@ class HopperGradients(Gradients):
             found += [self._of_capture(slot, sums) for slot in range(len(self.needs) - 3)]
         return tuple(grad if need else None for grad, need in zip(found, self.needs, strict=True))
 
-    def _of_operands(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
-        read = [_loadable(_four(x)) for x in (self.query, self.key, self.value, self.grad_out)]
+    def _of_operands(self, sums: Sums) -> tuple[Tensor, ...]:
+        originals = self.query, self.key, self.value
+        read = [_loadable(_four(x)) for x in (*originals, self.grad_out)]
         plan = backward_planned(self, read)
         query, key, value = map(_room, read[:3])
         # blocks add to it
         added = query.new_zeros(plan.added, dtype=torch.float32)
         _launch(plan, read, added, (key, value), sums, self.captures)
         _finish(plan, added, query)
-        return tuple(x.view(like.shape) for x, like in zip((query, key, value), (self.query, self.key, self.value)))
+        found = (x if like.dim() == 4 else x[0] for x, like in zip((query, key, value), originals, strict=True))
+        return tuple(found)
 
 
 def _launch(

@@ -33,6 +33,9 @@ BACKWARD, WIDEST_BACKWARD = "triton", 128
 #: H200, long sequences.
 RATES = {64: 480e12, 128: 640e12, 256: 680e12}
 WITH_PROGRAM = 0.75
+#: The same of a backward's five products, which are so many times the forward's two; seconds of its launches.
+BACKWARD_RATES = {64: 400e12, 128: 550e12}
+BACKWARD_WITH_PROGRAM, PRODUCTS, BACKWARD_LAUNCH = 0.7, 2.5, 100e-6
 #: Seconds of a launch, and bytes a second from memory.
 LAUNCH, BANDWIDTH = 12e-6, 4.0e12
 
@@ -51,12 +54,8 @@ class Gluon(Kernel):
         return (*_elsewhere(target), *_programs(problem.spec), *_operands(problem), *_training(problem, target))
 
     def cost(self, problem: Problem, target: Target) -> float:
-        """Products at the measured rate, masked tiles skipped, at least the bytes; and another kernel's backward."""
-        forward = _forward_seconds(problem)
-        if not problem.training:
-            return forward
-        other, without = lookup(BACKWARD), _inference(problem)
-        return forward + other.cost(problem, target) - other.cost(without, target)
+        """Products at the measured rates, masked tiles skipped, at least the bytes; the rest as another kernel does."""
+        return _forward_seconds(problem) + (_backward_seconds(problem, target) if problem.training else 0.0)
 
     def schedules(self, problem: Problem, target: Target) -> tuple[Meta, ...]:
         """What the table has for any attention of these widths; where scores read a panel, its room decides."""
@@ -148,9 +147,7 @@ def _forward(
     return out[0], None if lse is None else lse[0]
 
 
-def declined(
-    spec: AttentionSpec, query: Sequence[int], key: Sequence[int], value: Sequence[int]
-) -> tuple[str, ...]:
+def declined(spec: AttentionSpec, query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> tuple[str, ...]:
     """Why a backward of operands of these shapes is left to another kernel, one sentence a reason."""
     widths, pairs = (query[-1], value[-1]), math.prod(query[:-2])
     reasons = [
@@ -237,11 +234,30 @@ def _forward_seconds(problem: Problem) -> float:
     return max(problem.flops * _reached(problem) / rate, moved / BANDWIDTH) + LAUNCH
 
 
-def _inference(problem: Problem) -> Problem:
-    """The same attention, no gradient being asked for."""
-    operands = (problem.query, problem.key, problem.value, *problem.captures)
-    query, key, value, *captures = (replace(x, requires_grad=False) for x in operands)
-    return replace(problem, query=query, key=key, value=value, captures=tuple(captures))
+def _backward_seconds(problem: Problem, target: Target) -> float:
+    shapes = problem.query.shape, problem.key.shape, problem.value.shape
+    if declined(problem.spec, *shapes):
+        return _other_backward(problem, target)
+    width = max(problem.query.shape[-1], problem.value.shape[-1])
+    rate = next(rate for block, rate in BACKWARD_RATES.items() if width <= block)
+    if logit_of(problem.spec).core != S:
+        rate *= BACKWARD_WITH_PROGRAM
+    own = PRODUCTS * problem.flops * _reached(problem) / rate + BACKWARD_LAUNCH
+    # gradients of captures are the other kernel's
+    bare = _with_gradients(problem, operands=True, captures=False)
+    return own + _other_backward(_with_gradients(problem, operands=True), target) - _other_backward(bare, target)
+
+
+def _other_backward(problem: Problem, target: Target) -> float:
+    other, without = lookup(BACKWARD), _with_gradients(problem, operands=False, captures=False)
+    return other.cost(problem, target) - other.cost(without, target)
+
+
+def _with_gradients(problem: Problem, *, operands: bool, captures: bool = True) -> Problem:
+    """The same attention, gradients being asked for of query, key and value or not, and of captures no longer."""
+    query, key, value = (replace(x, requires_grad=operands) for x in (problem.query, problem.key, problem.value))
+    read = tuple(replace(x, requires_grad=captures and x.requires_grad) for x in problem.captures)
+    return replace(problem, query=query, key=key, value=value, captures=read)
 
 
 def _reached(problem: Problem) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
 
 from attnfuse.kernels import Residual
 from attnfuse.spec import AttentionSpec
+from attnfuse.target import Target
 from tests.kernels.cases import spec as _spec
 
 pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
@@ -17,7 +19,7 @@ pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is no
 from attnfuse.kernels.gluon.backward_build import BackwardSource, build_backward
 from attnfuse.kernels.gluon.backward_plan import backward_sourced
 from attnfuse.kernels.triton.gradients import Gradients
-from tests.kernels.gluon.test_compile import _assembled, _captures
+from tests.kernels.gluon.test_compile import _assembled, waits
 
 SPECS = {
     "full": _spec("0.1 * s"),
@@ -26,17 +28,26 @@ SPECS = {
     "softcap": _spec("where(n <= m, 50.0 * tanh(0.1 * s / 50.0), -inf)"),
     "slopes": _spec("where(n <= m, 0.1 * s + t0 * (n - m), -inf)", "float32[h]"),
     "bias": _spec("where(n <= m, 0.1 * s + t0, -inf)", "bfloat16[h,m,n]"),
+    "float32 bias": _spec("0.1 * s + t0", "float32[h,m,n]"),
     "documents": _spec("where(t0 == t1, 0.1 * s, -inf)", "int32[b0,m]", "int32[b0,n]"),
 }
-PLAIN = ("full", "causal", "window")
+#: Bytes that a thread spills; in the loop none of a full attention's.
+SPILLED = {"full": 0, "causal": 48, "window": 112, "softcap": 512, "slopes": 144, "bias": 330, "float32 bias": 208,
+           "documents": 144}  # fmt: skip
+ROWS = 512
 
 
 def sourced(spec: AttentionSpec, width: int) -> BackwardSource:
-    query = torch.empty(2, 4, 1024, width, dtype=torch.bfloat16, device="meta")
-    captures = [x[..., :1024] if x.shape[-1] == 1000 else x for x in _captures(spec)]
-    residual = Residual(query, torch.empty(2, 4, 1024, device="meta"))
+    """What a launch of 512 rows and keys compiles, on a Hopper GPU."""
+    query = torch.empty(1, 2, ROWS, width, dtype=torch.bfloat16)
+    sizes = {"b0": 1, "h": 2, "m": ROWS, "n": ROWS}
+    shapes = [[sizes[axis] if axis in each.axes else 1 for axis in spec.axes] for each in spec.captures]
+    types = [getattr(torch, each.dtype) for each in spec.captures]
+    captures = [torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)]
+    residual = Residual(query, torch.empty(1, 2, ROWS))
     needs = [True] * 3 + [False] * len(captures)
-    return backward_sourced(Gradients(spec, query, query, query, query, captures, (), needs, residual))[0]
+    with mock.patch.object(Target, "of", return_value=Target.parse("cuda:sm90")):
+        return backward_sourced(Gradients(spec, query, query, query, query, captures, (), needs, residual))[0]
 
 
 @cache
@@ -46,3 +57,36 @@ def compiled(name: str, width: int) -> tuple[BackwardSource, str, str, int]:
     kernel = build_backward(source)
     ptx = str(kernel.asm["ptx"])
     return source, ptx, _assembled(ptx), kernel.metadata.shared
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_registers_and_shared_memory_suffice(name: str) -> None:
+    _, _, report, shared = compiled(name, 128)
+    spilled = re.search(r"(\d+) bytes spill stores", report)
+    assert spilled is not None
+    assert int(spilled.group(1)) <= SPILLED[name]
+    assert "serialized" not in report
+    assert "setmaxnreg" not in report
+    assert shared <= 232448
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_products_and_copies(width: int) -> None:
+    source, ptx, _, _ = compiled("full", width)
+    meta = source.meta
+    # S and dP over the width, dV and dK over the rows of a tile, dQ over its keys
+    products = 2 * width // 16 + 2 * meta.block_m // 16 + meta.block_n // 16
+    assert ptx.count("wgmma.mma_async") == products
+    # Q, K, V and the output's gradient in rows of 128 bytes; dK and dV leave alike
+    assert ptx.count("cp.async.bulk.tensor.4d.shared") == 4 * (width // 64)
+    assert ptx.count("cp.async.bulk.tensor.4d.global") >= 2
+    # dQ is added to memory as one piece, stored four numbers at a time, without conflicts of banks
+    assert ptx.count("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add") == 1
+    assert len(re.findall(r"st\.shared\.v4", ptx)) == meta.block_m * width // 256 // 4
+
+
+def test_products_overlap_what_is_computed() -> None:
+    """The exponents run beside dP, the gradient of scores beside dV, dQ leaves beside dV and dK."""
+    order = waits(compiled("full", 128)[1])
+    loop = ["product", "product", "wait 1", "exp", "product", "wait 1", *["product"] * 3, "wait 2", "wait 0"]
+    assert order == loop

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,14 +17,13 @@ NARROW = {name: sizes for name, sizes in {**SIZES, **WIDE}.items() if max(sizes.
 
 
 @pytest.fixture(autouse=True)
-def _own_backward(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where the gradients would be another kernel's."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the backward is another kernel's")
 
     monkeypatch.setattr(type(lookup("triton")), "backward", refuse)
-    yield
 
 
 def checked(given: Case) -> None:
@@ -38,7 +34,9 @@ def checked(given: Case) -> None:
     floats = [x for x in leaves.operands if x.requires_grad]
     source = torch.autograd.grad(written_out(leaves), floats, grad_out, allow_unused=True)
     source = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(floats, source, strict=True)]
-    assert_as_exact(gradients(given, "gluon", grad_out), source, gradients(given.to(torch.float64), None, grad_out), 8.0)
+    assert_as_exact(
+        gradients(given, "gluon", grad_out), source, gradients(given.to(torch.float64), None, grad_out), 8.0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnfuse.kernels.gluon.finish import finish
 from attnfuse.kernels.kernel import Residual
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton.gradients import Gradients
@@ -132,3 +133,18 @@ def differentiated(given: Case, grad_out: Tensor, grad_lse: Tensor | None) -> li
     floats = [x for x in leaves.operands if x.requires_grad]
     found = torch.autograd.grad(total, floats, allow_unused=True)
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(floats, found, strict=True)]
+
+
+@pytest.mark.parametrize(("tile", "block"), [(64, 128), (64, 64), (128, 64)])
+def test_dq_is_read_in_the_order_that_hopper_adds_it_in(tile: int, block: int) -> None:
+    """The order of ``as_threads_have_it`` of the Gluon backward, in torch's words; Gluon has no interpreter."""
+    batch, heads, rows, width = 2, 3, tile + 22, block - 8
+    down, tiles = tile // 16, -(-rows // tile)
+    across = 8 // down
+    whole = torch.randn(batch, heads, tiles * tile, block)
+    parts = whole.view(-1, down, 2, 8, across, block // across // 16, 2, 4, 2)
+    added = parts.permute(0, 5, 2, 1, 4, 3, 7, 6, 8).contiguous()
+    found = torch.full((batch, rows, heads, width), float("nan")).transpose(1, 2)
+    strides = found.stride()[:3]
+    finish[(batch * heads * tiles,)](added, found, heads, rows, *strides, 0.5, tile, block, width, 8)
+    torch.testing.assert_close(found, 0.5 * whole[:, :, :rows, :width], atol=0, rtol=0)
