@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -104,17 +105,50 @@ class Backward(Kernel):
         return (None, torch.ones(1), None)
 
 
-def test_its_backward_is_that_of_triton(gluon: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("gluon", "deterministic")
+def test_a_backward_that_is_declined_is_that_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._KERNELS, "triton", Backward())
     training = replace(PLAIN, value=replace(HALF, requires_grad=True))
     assert reasons(training) == ()
     kernel = lookup("gluon")
     assert kernel.cost(training, HOPPER) == pytest.approx(kernel.cost(PLAIN, HOPPER) + 2.0)
-    operand = torch.ones(1)
-    found = kernel.backward(PLAIN.spec, operand, operand, operand, operand, (), (), (), Residual(operand))
+    operand = torch.ones(1, 1, 1, 8)
+    residual = Residual(operand, torch.ones(1, 1, 1))
+    found = kernel.backward(PLAIN.spec, operand, operand, operand, operand, (), (), (), residual)
     assert found == (None, torch.ones(1), None)
     short = replace(HALF, shape=(2, 4, 511, 128))
     assert reasons(replace(training, key=short)) == ("its backward is that of triton: it is Friday",)
+
+
+def test_why_a_backward_is_declined() -> None:
+    wide, shared = (2, 4, 512, 192), (1, 4, 512, 128)
+    assert hopper.declined(PLAIN.spec, HALF.shape, HALF.shape, HALF.shape) == ()
+    (reason,) = hopper.declined(PLAIN.spec, wide, wide, HALF.shape)
+    assert "128 at most, not 192" in reason
+    (reason,) = hopper.declined(PLAIN.spec, HALF.shape, shared, shared)
+    assert "a batch of their own" in reason
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_a_sum_in_no_order_is_not_deterministic() -> None:
+    (reason,) = hopper.declined(PLAIN.spec, HALF.shape, HALF.shape, HALF.shape)
+    assert "in no order" in reason
+
+
+@pytest.mark.usefixtures("gluon")
+def test_a_backward_costs_its_five_products() -> None:
+    long = Operand((1, 16, 16384, 128), torch.bfloat16)
+    forward = Problem(PLAIN.spec, long, long, long)
+    both = replace(forward, query=replace(long, requires_grad=True))
+    kernel = lookup("gluon")
+    assert 3.5 < kernel.cost(both, HOPPER) / kernel.cost(forward, HOPPER) < 4.5
 
 
 def test_a_causal_mask_costs_half() -> None:
