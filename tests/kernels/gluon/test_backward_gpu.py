@@ -13,7 +13,8 @@ from tests.kernels.cases import SIZES, SPECS, Case, Sizes, assert_as_exact, case
 from tests.kernels.gluon.test_gpu import WIDE, pytestmark  # noqa: F401 - a mark of this module's tests
 from tests.kernels.test_backward import gradients
 
-NARROW = {name: sizes for name, sizes in {**SIZES, **WIDE}.items() if max(sizes.width, sizes.value_width) <= 128}
+#: Each is a kernel of its own to compile.
+TRIED = [(sizes, torch.bfloat16) for sizes in ("grouped heads", "64", "128", "96 and 80")] + [("128", torch.float16)]
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +27,13 @@ def _own_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(lookup("triton")), "backward", refuse)
 
 
-def checked(given: Case) -> None:
+def on_gpu(given: Case) -> Case:
     moved = [x.to("cuda") for x in given.operands]
-    given = Case(given.spec, *moved[:3], tuple(moved[3:]))
+    return Case(given.spec, *moved[:3], tuple(moved[3:]))
+
+
+def checked(given: Case) -> None:
+    given = on_gpu(given)
     grad_out = torch.randn(*given.query.shape[:-1], given.value.shape[-1], device="cuda").to(given.value.dtype)
     leaves = given.leaves()
     floats = [x for x in leaves.operands if x.requires_grad]
@@ -39,11 +44,10 @@ def checked(given: Case) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sizes", NARROW)
+@pytest.mark.parametrize(("sizes", "dtype"), TRIED)
 @pytest.mark.parametrize("name", SPECS)
 def test_as_exact_as_the_written_out_program(name: str, sizes: str, dtype: torch.dtype) -> None:
-    given = case(SPECS[name], NARROW[sizes], dtype)
+    given = case(SPECS[name], {**SIZES, **WIDE}[sizes], dtype)
     shapes = (given.query.shape, given.key.shape, given.value.shape)
     if lookup("gluon").reasons_against(given.problem(), Target.parse("cuda:sm90")) or declined(given.spec, *shapes):
         pytest.skip("refused")
@@ -64,9 +68,7 @@ def test_every_number_of_tiles(width: int, mask: str) -> None:
 
 
 def test_any_strides() -> None:
-    given = case(SPECS["causal"], WIDE["128"], torch.bfloat16)
-    moved = [x.cuda() for x in given.operands]
-    given = Case(given.spec, *moved)
+    given = on_gpu(case(SPECS["causal"], WIDE["128"], torch.bfloat16))
     grad_out = torch.randn(*given.query.shape[:-1], 1, device="cuda", dtype=torch.bfloat16).expand(given.query.shape)
     found, wanted = gradients(given.transposed(), "gluon", grad_out), gradients(given, "gluon", grad_out.contiguous())
     # two sums of the same numbers in another order
@@ -76,8 +78,7 @@ def test_any_strides() -> None:
 
 def test_keys_and_values_are_exact_again() -> None:
     """Only the query's gradient is added up in no order."""
-    given = case(SPECS["causal"], WIDE["128"], torch.bfloat16)
-    given = Case(given.spec, *[x.cuda() for x in given.operands])
+    given = on_gpu(case(SPECS["causal"], WIDE["128"], torch.bfloat16))
     grad_out: Tensor = torch.randn_like(given.query)
     runs = [gradients(given, "gluon", grad_out) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1:], runs[1][1:], strict=True))
