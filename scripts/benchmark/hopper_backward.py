@@ -1,6 +1,6 @@
 """The Gluon backward on a Hopper GPU beside those of cuDNN and FlexAttention: as :mod:`benchmark.hopper` has forwards.
 
-A backward counts five products. Times are those of the backward alone, of a forward that kept its lse; a captured bias
+A backward counts five products. Times are those of the backward alone, of a forward that kept its lse; a bias
 and sinks ask for their gradients too. Errors are the largest of the gradients' of one head. Reached by ``python
 scripts/bench.py --hopper``.
 """
@@ -22,6 +22,8 @@ __all__ = ["backward_rows"]
 #: Operations of a backward's five products, in those of a forward's two.
 PRODUCTS = 2.5
 SHAPES = ((4, 16, 4096, 128), (8, 16, 8192, 128), (1, 32, 16384, 128), (4, 32, 4096, 64))
+#: Cases whose captures have gradients; slopes are constants.
+LEARNED = ("bias", "sinks")
 TARGET, TARGET_OF_PROGRAMS = 1.0, 1.5
 
 Grads = tuple[Tensor, ...]
@@ -29,7 +31,7 @@ Grads = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Training:
-    """One attention's leaves and the gradient of its output; which captures have gradients follows from their dtype."""
+    """One attention's leaves, and the gradient of its output."""
 
     query: Tensor
     key: Tensor
@@ -40,13 +42,12 @@ class Training:
     @property
     def leaves(self) -> list[Tensor]:
         """What gradients are asked for."""
-        floats = [x for x in self.captures if x.is_floating_point()]
-        return [self.query, self.key, self.value, *floats]
+        return [self.query, self.key, self.value, *(x for x in self.captures if x.requires_grad)]
 
     @property
     def needs(self) -> list[bool]:
         """The same, of each operand."""
-        return [True] * 3 + [x.is_floating_point() for x in self.captures]
+        return [True] * 3 + [x.requires_grad for x in self.captures]
 
     def head(self) -> Training:
         """The first head of the first batch, in float64, as leaves."""
@@ -76,7 +77,7 @@ def _measured(case: Case) -> Row:
     torch.manual_seed(0)
     torch.compiler.reset()
     operands = [torch.randn(case.shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-    captures = [x.requires_grad_(x.is_floating_point()) for x in _captures(case, "cuda")]
+    captures = [x.requires_grad_(case.name in LEARNED) for x in _captures(case, "cuda")]
     query, key, value = (x.requires_grad_() for x in operands[:3])
     training = Training(query, key, value, captures, operands[3])
     peer, ours = _peer(case, training), _ours(case, training)
