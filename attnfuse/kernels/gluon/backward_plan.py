@@ -15,6 +15,7 @@ from attnfuse.kernels.gluon.plan import _NAMES
 from attnfuse.kernels.gluon.reads import given, reads_of
 from attnfuse.kernels.rows import masking_fill
 from attnfuse.kernels.schedule import Schedule
+from attnfuse.kernels.triton.differentiating import backward_plan
 from attnfuse.kernels.triton.gradients import Gradients
 from attnfuse.kernels.triton.memory import capture_strides, memory_of
 from attnfuse.kernels.triton.plan import BackwardPlan as Programs
@@ -68,7 +69,8 @@ def backward_sourced(gradients: Gradients, meta: BackwardMeta | None = None) -> 
     spec, symbols = gradients.spec, len(gradients.symbols)
     captures = gradients.captures[: len(spec.captures)]
     chosen = meta or backward_meta(gradients.query.shape[-1], gradients.value.shape[-1])
-    programs = gradients.plan(Schedule(rows=chosen.block_m, keys=chosen.block_n))
+    schedule = Schedule(rows=chosen.block_m, keys=chosen.block_n)
+    programs = backward_plan(*gradients.geometry, schedule, *gradients.compiled_for)
     score, pulled = programs.core_program, programs.core_pulled_program
     if _filled(spec, programs):
         score, pulled = programs.masked_program, programs.masked_pulled_program

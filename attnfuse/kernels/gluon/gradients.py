@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -13,6 +14,7 @@ from attnfuse.kernels.gluon.backward import WARPS
 from attnfuse.kernels.gluon.backward_plan import BackwardPlan, backward_planned, padded
 from attnfuse.kernels.gluon.finish import finish
 from attnfuse.kernels.gluon.launch import Descriptor
+from attnfuse.kernels.triton.differentiating import Launches, launches_of
 from attnfuse.kernels.triton.gradients import Gradients, Sums
 from attnfuse.kernels.triton.launch import on_device
 from attnfuse.kernels.triton.memory import memory_of
@@ -31,8 +33,13 @@ class HopperGradients(Gradients):
             found: list[Tensor | None] = [None, None, None]
             if any(self.needs[:3]):
                 found = list(self._of_operands(sums))
-            found += [self._of_capture(slot, sums) for slot in range(len(self.needs) - 3)]
+            found += [self._of_capture(slot, sums, None) for slot in range(len(self.needs) - 3)]
         return tuple(grad if need else None for grad, need in zip(found, self.needs, strict=True))
+
+    @cached_property
+    def launches(self) -> Launches:
+        """Those of sums and of captures: query's gradient has a body of its own, with which none of them rides."""
+        return launches_of(*self.geometry, (False, *self.needs[1:]), *self.compiled_for)
 
     def _of_operands(self, sums: Sums) -> tuple[Tensor, ...]:
         originals = self.query, self.key, self.value

@@ -20,7 +20,7 @@ from attnfuse.score import Capture, Const, Expr, S, apply
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
-__all__ = ["MOST_TURNS", "Launches", "Reduction", "differentiable", "launches_of"]
+__all__ = ["MOST_TURNS", "Launches", "Reduction", "backward_plan", "differentiable", "launches_of"]
 
 ZERO = Const(0.0)
 #: A captured tensor's gradient is written for each of so many heads at most, and summed afterwards.
@@ -108,6 +108,18 @@ def launches_of(
         },
         rider=None if rider is None else (rider, _apart(reductions[rider], given)),
     )
+
+
+def backward_plan(
+    spec: AttentionSpec,
+    memories: tuple[Memory, ...],
+    symbols: tuple[int, ...],
+    schedule: Schedule,
+    target: Target,
+    precision: str,
+) -> BackwardPlan:
+    """The programs and facts of a backward for a body with a schedule of its own."""
+    return _plan(_Given(spec, memories, symbols, target, precision), schedule)
 
 
 def _tabled(given: _Given) -> tuple[Schedule, Schedule]:

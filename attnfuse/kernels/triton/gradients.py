@@ -100,12 +100,19 @@ class Gradients:
         return tuple(map(memory_of, (self.query, self.key, self.value, *self.captures[: len(self.spec.captures)])))
 
     @cached_property
+    def geometry(self) -> tuple[AttentionSpec, tuple[Memory, ...], tuple[int, ...]]:
+        """What plans are made of: the spec, where its operands lie, and its sizes."""
+        return self.spec, self.memories, tuple(self.symbols)
+
+    @cached_property
+    def compiled_for(self) -> tuple[Target, str]:
+        """What plans are made for: the target, and the precision of products of float32."""
+        return _target(self.query.device), precision_of(self.query.dtype)
+
+    @cached_property
     def launches(self) -> Launches:
         """The plans."""
-        return launches_of(
-            self.spec, self.memories, tuple(self.symbols), tuple(self.needs), _target(self.query.device),
-            precision_of(self.query.dtype), self.schedules,
-        )  # fmt: skip
+        return launches_of(*self.geometry, tuple(self.needs), *self.compiled_for, self.schedules)
 
     @cached_property
     def scope(self) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is no
 
 from attnfuse.kernels.gluon.backward_build import BackwardSource, build_backward
 from attnfuse.kernels.gluon.backward_plan import backward_sourced
+from attnfuse.kernels.triton import gradients
 from attnfuse.kernels.triton.gradients import Gradients
 from tests.kernels.gluon.test_compile import _assembled, waits
 
@@ -46,7 +47,7 @@ def sourced(spec: AttentionSpec, width: int) -> BackwardSource:
     captures = [torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)]
     residual = Residual(query, torch.empty(1, 2, ROWS))
     needs = [True] * 3 + [False] * len(captures)
-    with mock.patch.object(Target, "of", return_value=Target.parse("cuda:sm90")):
+    with mock.patch.object(gradients, "_target", return_value=Target.parse("cuda:sm90")):
         return backward_sourced(Gradients(spec, query, query, query, query, captures, (), needs, residual))[0]
 
 
