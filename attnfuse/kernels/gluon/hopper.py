@@ -155,8 +155,19 @@ def declined(spec: AttentionSpec, query: Sequence[int], key: Sequence[int], valu
         (max(widths) > WIDEST_BACKWARD, f"it has heads of {WIDEST_BACKWARD} at most, not {max(widths)}"),
         (tuple(query[:-3]) != tuple(key[:-3]), "its key and value have a batch of their own"),
         (pairs * query[-2] >= 2**31, "it counts rows in 31 bits"),
+        (_cannot_add(), "this Triton's Gluon does not let the copy engine add; 3.6 and 3.7 do"),
     ]
     return tuple(reason for holds, reason in reasons if holds)
+
+
+@lru_cache(maxsize=1)
+def _cannot_add() -> bool:
+    try:
+        builder = import_module("triton._C.libtriton").gluon_ir.GluonOpBuilder
+    except (ImportError, AttributeError):
+        # without Gluon the forward refuses first
+        return False
+    return not hasattr(builder, "create_async_tma_reduce")
 
 
 # --- what it refuses --------------------------------------------------------------------------------
