@@ -11,10 +11,13 @@ from __future__ import annotations
 from attnfuse.algebra.kinds import Kind, Kinds, Rule, kind, reads_score
 from attnfuse.algebra.masks import MASK_RULES
 from attnfuse.algebra.numbers import NUMBER_RULES, named_softcap
+from attnfuse.algebra.ranges import Bounds, bounds_of
 from attnfuse.algebra.weights import WEIGHT_RULES
 from attnfuse.score import Expr, rewrite
 
-__all__ = ["RULES", "WEIGHT_RULES", "Kind", "Kinds", "Rule", "kind", "normalise", "reads_score"]
+__all__ = [
+    "RULES", "WEIGHT_RULES", "Bounds", "Kind", "Kinds", "Rule", "bounds_of", "kind", "normalise", "reads_score",
+]  # fmt: skip
 
 #: Every rule, in the order they are tried.
 RULES: tuple[Rule, ...] = (*NUMBER_RULES, *MASK_RULES)

@@ -20,7 +20,10 @@ __all__ = ["HOPPER", "Source", "build"]
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
-_SIZES = ("heads", "group", "kv_batch", "rows", "keys", "left", "right", "row_tiles", "pairs", "together")
+_SIZES = (
+    *("heads", "group", "kv_batch", "rows", "keys", "left", "right", "row_tiles", "pairs", "together"),
+    *("list_batch", "list_head", "list_length"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,25 +37,30 @@ class Source:
     meta: Meta
     dtype: str
     score: str | None = None
+    bare: str | None = None
     sink: str | None = None
     captures: tuple[str, ...] = ()
     strides: tuple[str, ...] = ()
     symbols: int = 0
     reads: tuple[str, ...] = ()
+    bare_reads: tuple[str, ...] = ()
     loaders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Programs:
-    """A source's programs as jit functions. ``reads`` says of each capture how ``loaders`` read it.
+    """A source's programs as jit functions: ``bare`` is the score's in tiles that the mask does not cut.
 
+    ``reads`` says of each capture how ``loaders`` read it for ``score``, ``bare_reads`` for ``bare``.
     ``"row"``: once for the rows of a work item. ``"key"``: once for a tile's keys. ``"score"``: for each score.
     ``"panel"``: by the copy engine.
     """
 
     score: Any
+    bare: Any
     sink: Any
     reads: tuple[str, ...]
+    bare_reads: tuple[str, ...]
     loaders: tuple[Any, ...]
 
 
@@ -64,8 +72,12 @@ def build(source: Source) -> Any:
     constants: dict[str | tuple[int, ...], Any] = {
         "meta": source.meta,
         **({} if source.meta.panel else {"panel_desc": None}),
+        **({} if source.meta.listed else {"lists": None}),
         "programs": Programs(
-            _function(source.score), _function(source.sink), source.reads, tuple(map(_function, source.loaders))
+            *map(_function, (source.score, source.bare, source.sink)),
+            source.reads,
+            source.bare_reads,
+            tuple(map(_function, source.loaders)),
         ),
         **{(strides, place): 1 for place in ones},
     }
@@ -93,6 +105,7 @@ def _signature(source: Source) -> dict[str, Any]:
         "panel_desc": _descriptor(panels[0], rows, meta.block_n) if panels else "constexpr",
         "lse": "*fp32",
         "counter": "*i32",
+        "lists": "*i32" if meta.listed else "constexpr",
         "captures": tuple(f"*{kind}" for kind in source.captures),
         "strides": source.strides,
         "symbols": ("i32",) * source.symbols,

@@ -29,7 +29,11 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 
 class Sizes(NamedTuple):
-    """The numbers of a launch. ``group`` query heads share a key head; ``pairs`` are batches times heads."""
+    """The numbers of a launch. ``group`` query heads share a key head; ``pairs`` are batches times heads.
+
+    ``list_batch`` and ``list_head`` are lists of tiles between one batch or head and the next, ``list_length`` the
+    numbers of a list.
+    """
 
     heads: Any
     group: Any
@@ -41,6 +45,9 @@ class Sizes(NamedTuple):
     row_tiles: Any
     pairs: Any
     together: Any
+    list_batch: Any
+    list_head: Any
+    list_length: Any
     scale: Any
 
 
@@ -70,12 +77,16 @@ class Rows(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Key tiles: ``start..stop`` are reached by some row, ``whole_start..whole_stop`` entirely, by every row."""
+    """Key tiles: ``start..stop`` are reached by some row, ``whole_start..whole_stop`` entirely, by every row.
+
+    Of a list they are places in it, and ``entries`` where its tiles are.
+    """
 
     start: Any
     whole_start: Any
     whole_stop: Any
     stop: Any
+    entries: Any
 
 
 # --- which tile is which ----------------------------------------------------------------------------
@@ -86,14 +97,24 @@ def item_of(index, sizes, meta: gl.constexpr):
     """Pair of batch and head, and row tile, of work item ``index``.
 
     Longest first walks the row tiles of ``together`` pairs, whose keys and values stay in the L2 cache, from the last
-    to the first.
+    to the first; pairs that are left over join the last group, so that the launch ends with many short items. Short
+    last leaves each pair's last row tile, which is not full of rows, to the end.
     """
     if meta.longest_first:
-        group = index // (sizes.together * sizes.row_tiles)
+        group = gl.minimum(index // (sizes.together * sizes.row_tiles), sizes.pairs // sizes.together - 1)
         inside = index - group * sizes.together * sizes.row_tiles
-        size = gl.minimum(sizes.together, sizes.pairs - group * sizes.together)
+        size = sizes.together
+        if group == sizes.pairs // sizes.together - 1:
+            size = sizes.pairs - group * sizes.together
         pair = group * sizes.together + inside % size
         row_tile = sizes.row_tiles - 1 - inside // size
+    elif meta.short_last:
+        full = sizes.row_tiles - 1
+        pair = index // gl.maximum(full, 1)
+        row_tile = index % gl.maximum(full, 1)
+        if index >= sizes.pairs * full:
+            pair = index - sizes.pairs * full
+            row_tile = full
     else:
         pair = index // sizes.row_tiles
         row_tile = index % sizes.row_tiles
@@ -101,9 +122,9 @@ def item_of(index, sizes, meta: gl.constexpr):
 
 
 @gluon.jit
-def key_tiles(first, sizes, meta: gl.constexpr):
-    """The :class:`Span` of a row tile: at least one tile, so that a row without keys divides zero by zero."""
-    last = first + meta.consumers * ROWS - 1
+def key_tiles(first, HEIGHT: gl.constexpr, sizes, meta: gl.constexpr):
+    """The :class:`Span` of so many rows: at least one tile, so that a row without keys divides zero by zero."""
+    last = first + HEIGHT - 1
     stop_key = sizes.keys
     whole_key = sizes.keys
     if meta.right:
@@ -115,7 +136,71 @@ def key_tiles(first, sizes, meta: gl.constexpr):
         start = gl.minimum(gl.maximum(first + sizes.left, 0), sizes.keys - 1) // meta.block_n
         whole_start = gl.cdiv(gl.maximum(last + sizes.left, 0), meta.block_n)
     stop = gl.maximum(gl.cdiv(stop_key, meta.block_n), start + 1)
-    return Span(start, whole_start, whole_key // meta.block_n, stop)
+    return Span(start, whole_start, whole_key // meta.block_n, stop, 0)
+
+
+@gluon.jit
+def listed_tiles(row_tile, batch, head, lists, sizes):
+    """The :class:`Span` of a row tile's list: how many tiles, then the tiles (:mod:`attnfuse.kernels.triton.tiles`)."""
+    place = batch * sizes.list_batch + head * sizes.list_head + row_tile
+    entries = lists + place.to(gl.int64) * sizes.list_length
+    return Span(0, 0, 0, gl.load(entries), entries + 1)
+
+
+@gluon.jit
+def span_of(row_tile, batch, head, lists, sizes, meta: gl.constexpr):
+    """The :class:`Span` of a row tile."""
+    if meta.listed:
+        span = listed_tiles(row_tile, batch, head, lists, sizes)
+    else:
+        span = key_tiles(row_tile * meta.consumers * ROWS, meta.consumers * ROWS, sizes, meta)
+    return span
+
+
+@gluon.jit
+def own_tiles(first, span, sizes, meta: gl.constexpr):
+    """The part of a row tile's ``span`` that one consumer's rows reach; of rows beyond the last one tile."""
+    if meta.listed:
+        mine = span
+    else:
+        reach = key_tiles(first, ROWS, sizes, meta)
+        start = span.start
+        if meta.left:
+            start = gl.minimum(reach.start, span.stop - 1)
+        stop = gl.where(first < sizes.rows, reach.stop, start + 1)
+        stop = gl.minimum(gl.maximum(stop, start + 1), span.stop)
+        mine = Span(start, reach.whole_start, reach.whole_stop, stop, 0)
+    return mine
+
+
+@gluon.jit
+def entry_of(span, back, meta: gl.constexpr):
+    """What is known of the tile ``back`` steps after the first; lists are read one step ahead."""
+    if meta.listed:
+        entry = gl.load(span.entries + back)
+    else:
+        entry = span.stop - 1 - back
+    return entry
+
+
+@gluon.jit
+def tile_of(entry, meta: gl.constexpr):
+    """Which key tile an entry is."""
+    if meta.listed:
+        tile = entry >> 1
+    else:
+        tile = entry
+    return tile
+
+
+@gluon.jit
+def is_cut(entry, span, meta: gl.constexpr):
+    """Whether a mask may cut the tile."""
+    if meta.listed:
+        cut = (entry & 1) == 1
+    else:
+        cut = (entry >= span.whole_stop) | (entry < span.whole_start)
+    return cut
 
 
 @gluon.jit
@@ -128,14 +213,14 @@ def ring(step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def produce(q, k, v, panel, coming, sizes, counter, meta: gl.constexpr):
+def produce(q, k, v, panel, coming, lists, sizes, counter, meta: gl.constexpr):
     """One warp: asks for each tile as soon as its room is free."""
     CONSUMERS: gl.constexpr = meta.consumers
     index = gl.program_id(0)
     turn = 0
     step = 0
     while index < sizes.pairs * sizes.row_tiles:
-        following = announce(index, turn, coming, counter, sizes.pairs * sizes.row_tiles, meta)
+        following = next_item(index, counter, sizes.pairs * sizes.row_tiles, meta)
         pair, row_tile = item_of(index, sizes, meta)
         batch = pair // sizes.heads
         head = pair % sizes.heads
@@ -143,11 +228,14 @@ def produce(q, k, v, panel, coming, sizes, counter, meta: gl.constexpr):
         kv_batch = gl.minimum(batch, sizes.kv_batch - 1)
         kv_head = head // sizes.group
         first = row_tile * CONSUMERS * ROWS
-        span = key_tiles(first, sizes, meta)
+        span = span_of(row_tile, batch, head, lists, sizes, meta)
+        entry = entry_of(span, 0, meta)
+        place, parity = ring(turn, meta.queries)
         for which in gl.static_range(CONSUMERS):
-            fetch(q, which, turn & 1, batch, head, first + which * ROWS, 0)
+            fetch(q, place * CONSUMERS + which, parity, batch, head, first + which * ROWS, 0)
         for back in range(span.stop - span.start):
-            key = (span.stop - 1 - back) * meta.block_n
+            key = tile_of(entry, meta) * meta.block_n
+            entry = entry_of(span, back + 1, meta)
             place, parity = ring(step, meta.stages)
             fetch(k, place, parity, kv_batch, kv_head, key, 0)
             if meta.panel:
@@ -157,6 +245,8 @@ def produce(q, k, v, panel, coming, sizes, counter, meta: gl.constexpr):
                     fetch(panel, which, step & 1, panel_batch, panel_head, first + which * ROWS, key)
             fetch(v, place, parity, kv_batch, kv_head, key, 0)
             step += 1
+        if meta.persistent:
+            announce(following, turn, coming, sizes, meta)
         index = following
         turn += 1
 
@@ -172,8 +262,8 @@ def fetch(tiles, place, parity, batch, head, row, column):
 
 
 @gluon.jit
-def announce(index, turn, coming, counter, items, meta: gl.constexpr):
-    """The next work item: the counter's, which the consumers are told, or one grid further on."""
+def next_item(index, counter, items, meta: gl.constexpr):
+    """The next work item: the counter's, or one grid further on."""
     following = index + gl.num_programs(0)
     if meta.dynamic:
         taken = gl.atomic_add(counter, 1, sem="relaxed")
@@ -181,24 +271,35 @@ def announce(index, turn, coming, counter, items, meta: gl.constexpr):
         if taken == items - 1:
             # nobody will ask again: the counter is ready for the next launch
             gl.store(counter, 0)
-        place, parity = ring(turn, 2)
-        mbarrier.wait(coming.empty.index(place), parity ^ 1)
-        one = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-        coming.room.index(place).store(one + following)
-        mbarrier.arrive(coming.full.index(place), count=1)
     return following
 
 
 @gluon.jit
-def announced(index, turn, coming, meta: gl.constexpr):
-    """The next work item, as a consumer learns it."""
-    following = index + gl.num_programs(0)
-    if meta.dynamic:
-        place, parity = ring(turn, 2)
-        mbarrier.wait(coming.full.index(place), parity)
-        following = gl.max(coming.room.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-        mbarrier.arrive(coming.empty.index(place), count=1)
-    return following
+def announce(index, turn, coming, sizes, meta: gl.constexpr):
+    """Tells the consumers which work item is next: divisions are the producer's, who has the time."""
+    pair, row_tile = item_of(index, sizes, meta)
+    item = place_of(pair // sizes.heads, pair % sizes.heads, row_tile)
+    place, parity = ring(turn, 2)
+    mbarrier.wait(coming.empty.index(place), parity ^ 1)
+    none = gl.full([1], 0, gl.int64, gl.BlockedLayout([1], [32], [1], [0]))
+    coming.room.index(place).store(none + gl.where(index < sizes.pairs * sizes.row_tiles, item, item * 0 - 1))
+    mbarrier.arrive(coming.full.index(place), count=1)
+
+
+@gluon.jit
+def announced(turn, coming):
+    """The work item that the producer told of; negative where there is none."""
+    place, parity = ring(turn, 2)
+    mbarrier.wait(coming.full.index(place), parity)
+    item = gl.max(coming.room.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(coming.empty.index(place), count=1)
+    return item
+
+
+@gluon.jit
+def place_of(batch, head, row_tile):
+    """Batch, head and row tile as one number, of 23, 16 and 24 bits."""
+    return (batch.to(gl.int64) << 40) | (head.to(gl.int64) << 24) | row_tile.to(gl.int64)
 
 
 # --- one tile ---------------------------------------------------------------------------------------
@@ -229,6 +330,44 @@ def release(tiles, step, meta: gl.constexpr):
 
 
 @gluon.jit
+def take_turn(turns, which: gl.constexpr, step, meta: gl.constexpr):
+    """Consumers start their products one after the other, so that the others' exponents run beside them."""
+    if meta.turns:
+        if which == 0:
+            mbarrier.wait(turns.index(which), (step & 1) ^ 1)
+        else:
+            mbarrier.wait(turns.index(which), step & 1)
+
+
+@gluon.jit
+def pass_turn(turns, which: gl.constexpr, meta: gl.constexpr):
+    """The next consumer's turn."""
+    if meta.turns:
+        mbarrier.arrive(turns.index((which + 1) % meta.consumers), count=1)
+
+
+@gluon.jit
+def skip(count, k, v, panel, turns, which: gl.constexpr, step, meta: gl.constexpr):
+    """Lets tiles pass that other consumers' rows reach; the step after them.
+
+    Waits for each: a room's release must not be counted as that of the tile before.
+    """
+    for _ in range(count):
+        take_turn(turns, which, step, meta)
+        pass_turn(turns, which, meta)
+        place, parity = ring(step, meta.stages)
+        mbarrier.wait(k.full.index(place), parity)
+        release(k, step, meta)
+        if meta.panel:
+            mbarrier.wait(panel.full.index(which), step & 1)
+            mbarrier.arrive(panel.empty.index(which), count=1)
+        mbarrier.wait(v.full.index(place), parity)
+        release(v, step, meta)
+        step += 1
+    return step
+
+
+@gluon.jit
 def hold(v, step, meta: gl.constexpr):
     """Keeps what comes before it before it.
 
@@ -254,21 +393,26 @@ def rows_read(rows, tensors, sizes, programs: gl.constexpr):
 
 
 @gluon.jit
-def keys_read(tile, found, rows, tensors, sizes, programs: gl.constexpr, meta: gl.constexpr, s_layout: gl.constexpr):
-    """``found`` with the values at this tile's keys, ``[1, BN]``, of each capture that varies along the keys alone.
+def keys_read(tile, found, rows, tensors, sizes, programs: gl.constexpr, meta: gl.constexpr):
+    """``found`` with the values at this tile's keys of each capture that varies along the keys alone.
 
-    Loaded once by each thread, not by each that holds a copy.
+    Loaded once by each thread, not by each that holds a copy; :func:`spread` makes the copies.
     """
     n = tile * meta.block_n + gl.arange(0, meta.block_n, gl.BlockedLayout([1], [32], [4], [0]))
     n = gl.minimum(n, sizes.keys - 1)
     read = ()
     for slot in gl.static_range(len(programs.reads)):
         if programs.reads[slot] == "key":
-            values = programs.loaders[slot](n, n, rows.batch, rows.head, n, n, *tensors)
-            read = read + (gl.expand_dims(gl.convert_layout(values, gl.SliceLayout(0, s_layout)), 0),)
+            read = read + (programs.loaders[slot](n, n, rows.batch, rows.head, n, n, *tensors),)
         else:
             read = read + (found[slot],)
     return read
+
+
+@gluon.jit
+def spread(values, s):
+    """Values at a tile's keys as ``[1, BN]``, to each thread those of its scores."""
+    return gl.expand_dims(gl.convert_layout(values, gl.SliceLayout(0, s.type.layout)), 0)
 
 
 @gluon.jit
@@ -285,45 +429,60 @@ def panel_of(s, panel, which: gl.constexpr, step, meta: gl.constexpr):
 
 
 @gluon.jit
-def logits(
-    s, tile, rows, read, panel, sizes, tensors, programs: gl.constexpr, meta: gl.constexpr, PARTIAL: gl.constexpr
-):  # fmt: skip
-    """The score program of key tile ``tile``; in a partial tile -inf outside of the band and beyond the last key."""
-    col = tile * meta.block_n + gl.arange(0, meta.block_n, gl.SliceLayout(0, s.type.layout))
-    if programs.score is not None:
-        n = gl.expand_dims(gl.minimum(col, sizes.keys - 1) if PARTIAL else col, 0)
+def scored(s, col, rows, read, panel, sizes, tensors, programs: gl.constexpr, CUT: gl.constexpr):
+    """The logits that the program of a cut or of a whole tile makes of scores."""
+    READS: gl.constexpr = programs.reads if CUT else programs.bare_reads
+    PROGRAM: gl.constexpr = programs.score if CUT else programs.bare
+    if PROGRAM is not None:
+        n = gl.expand_dims(gl.minimum(col, sizes.keys - 1) if CUT else col, 0)
         m = gl.expand_dims(gl.minimum(rows.index, sizes.rows - 1), 1)
         given = tensors.symbols
-        for slot in gl.static_range(len(programs.reads)):
-            if programs.reads[slot] == "score":
+        for slot in gl.static_range(len(READS)):
+            if READS[slot] == "score":
                 given = given + (programs.loaders[slot](s, s, rows.batch, rows.head, m, n, *tensors),)
-            elif programs.reads[slot] == "panel":
+            elif READS[slot] == "panel":
                 given = given + (panel,)
+            elif READS[slot] == "key":
+                given = given + (spread(read[slot], s),)
             else:
                 given = given + (read[slot],)
-        s = programs.score(s, s, rows.batch, rows.head, m, n, tensors.captures, tensors.strides, given)
-    if PARTIAL:
-        stop = gl.full([ROWS], 0, gl.int32, rows.index.type.layout) + (sizes.keys - 1)
-        if meta.right:
-            stop = gl.minimum(stop, rows.index + sizes.right)
-        keep = gl.expand_dims(col, 0) <= gl.expand_dims(stop, 1)
-        if meta.left:
-            keep = keep & (gl.expand_dims(col, 0) >= gl.expand_dims(rows.index + sizes.left, 1))
-        s = gl.where(keep, s, float("-inf"))
+        s = PROGRAM(s, s, rows.batch, rows.head, m, n, tensors.captures, tensors.strides, given)
     return s
 
 
 @gluon.jit
-def either(s, tile, span, rows, read, panel, sizes, tensors, programs: gl.constexpr, meta: gl.constexpr):
-    """:func:`logits` of a tile that may be partial.
+def cut_logits(s, tile, rows, read, panel, sizes, tensors, programs: gl.constexpr, meta: gl.constexpr):
+    """The logits of a partial tile: its program, and -inf outside of the band and beyond the last key."""
+    col = tile * meta.block_n + gl.arange(0, meta.block_n, gl.SliceLayout(0, s.type.layout))
+    s = scored(s, col, rows, read, panel, sizes, tensors, programs, True)
+    stop = gl.full([ROWS], 0, gl.int32, rows.index.type.layout) + (sizes.keys - 1)
+    if meta.right:
+        stop = gl.minimum(stop, rows.index + sizes.right)
+    keep = gl.expand_dims(col, 0) <= gl.expand_dims(stop, 1)
+    if meta.left:
+        keep = keep & (gl.expand_dims(col, 0) >= gl.expand_dims(rows.index + sizes.left, 1))
+    return gl.where(keep, s, float("-inf"))
+
+
+@gluon.jit
+def whole_logits(s, tile, rows, read, panel, sizes, tensors, programs: gl.constexpr, meta: gl.constexpr):
+    """The logits of a tile that no mask cuts."""
+    col = tile * meta.block_n + gl.arange(0, meta.block_n, gl.SliceLayout(0, s.type.layout))
+    return scored(s, col, rows, read, panel, sizes, tensors, programs, False)
+
+
+@gluon.jit
+def either(s, entry, span, rows, read, panel, sizes, tensors, programs: gl.constexpr, meta: gl.constexpr):
+    """The logits of a tile that may be partial.
 
     One loop with a branch, not a loop for each kind of tile: ptxas 12.8 then reads a uniform register that a skipped
     loop should have written.
     """
-    if (tile >= span.whole_stop) | (tile < span.whole_start):
-        s = logits(s, tile, rows, read, panel, sizes, tensors, programs, meta, True)
+    tile = tile_of(entry, meta)
+    if is_cut(entry, span, meta):
+        s = cut_logits(s, tile, rows, read, panel, sizes, tensors, programs, meta)
     else:
-        s = logits(s, tile, rows, read, panel, sizes, tensors, programs, meta, False)
+        s = whole_logits(s, tile, rows, read, panel, sizes, tensors, programs, meta)
     return s
 
 
@@ -341,7 +500,17 @@ def weights(s, top, total, scale, meta: gl.constexpr):
         shift = centre * scale
         p = gl.exp2(s * scale - gl.expand_dims(shift, 1))
         shrink = gl.exp2(top * scale - shift)
-    return p, new_top, total * shrink + gl.sum(p, 1), shrink
+    if meta.partial_sums:
+        total = shrunk(total, shrink) + partial_sums(p)
+    else:
+        total = total * shrink + gl.sum(p, 1)
+    return p, new_top, total, shrink
+
+
+@gluon.jit
+def partial_sums(p):
+    """``[ROWS, 4]``: of each row the sums of what each of the four threads holds that share it."""
+    return gl.sum(gl.sum(p.reshape([ROWS, p.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
@@ -351,15 +520,19 @@ def shrunk(o, shrink):
 
 
 @gluon.jit
-def sunk(rows, sizes, tensors, programs: gl.constexpr):
+def sunk(rows, sizes, tensors, programs: gl.constexpr, meta: gl.constexpr, s_layout: gl.constexpr):
     """Top and total of rows that have seen nothing but their sink."""
     top = gl.full([ROWS], float("-inf"), gl.float32, rows.index.type.layout)
-    total = gl.full([ROWS], 0.0, gl.float32, rows.index.type.layout)
+    none = gl.full([ROWS], 0.0, gl.float32, rows.index.type.layout)
+    total = none
+    if meta.partial_sums:
+        total = partial_sums(gl.full([ROWS, meta.block_n], 0.0, gl.float32, s_layout))
     if programs.sink is not None:
         m = gl.expand_dims(gl.minimum(rows.index, sizes.rows - 1), 1)
         logit = programs.sink(m, m, rows.batch, rows.head, m, m, *tensors)
-        top = gl.max(gl.expand_dims(total, 1) + logit, 1)
-        total = total + 1.0
+        top = gl.max(gl.expand_dims(none, 1) + logit, 1)
+        # a sink weighs 1 beside its own top
+        total = total + (0.25 if meta.partial_sums else 1.0)
     return top, total
 
 
@@ -368,35 +541,47 @@ def sunk(rows, sizes, tensors, programs: gl.constexpr):
 
 @gluon.jit
 def overlapped(
-    query, q_empty, k, v, panel, step, span, rows, sizes, tensors, programs: gl.constexpr, which: gl.constexpr,
+    query, q_empty, k, v, panel, turns, step, span, rows, sizes, tensors, programs: gl.constexpr, which: gl.constexpr,
     dtype: gl.constexpr, meta: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """``O``, top and total of 64 rows, and the step after them: scores of one tile beside the output of the last."""
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    MASKED: gl.constexpr = meta.left or meta.right
+    MASKED: gl.constexpr = meta.left or meta.right or meta.listed
     found = rows_read(rows, tensors, sizes, programs)
-    read = keys_read(span.stop - 1, found, rows, tensors, sizes, programs, meta, s_layout)
-    s = warpgroup_mma_wait(0, deps=[scores(query, k, step, meta, s_layout)])
+    entry = entry_of(span, 0, meta)
+    tile = tile_of(entry, meta)
+    entry = entry_of(span, 1, meta)
+    read = keys_read(tile, found, rows, tensors, sizes, programs, meta)
+    take_turn(turns, which, step, meta)
+    s = scores(query, k, step, meta, s_layout)
+    pass_turn(turns, which, meta)
+    s = warpgroup_mma_wait(0, deps=[s])
     release(k, step, meta)
-    top, total = sunk(rows, sizes, tensors, programs)
+    top, total = sunk(rows, sizes, tensors, programs, meta, s_layout)
     values = panel_of(s, panel, which, step, meta)
-    s = logits(s, span.stop - 1, rows, read, values, sizes, tensors, programs, meta, MASKED or meta.ragged)
+    if MASKED or meta.ragged:
+        s = cut_logits(s, tile, rows, read, values, sizes, tensors, programs, meta)
+    else:
+        s = whole_logits(s, tile, rows, read, values, sizes, tensors, programs, meta)
     p, top, total, shrink = weights(s, top, total, sizes.scale, meta)
     p = gl.convert_layout(p.to(dtype), p_layout)
     o = gl.full([ROWS, meta.value_block], 0.0, gl.float32, o_layout)
     step += 1
     for back in range(span.stop - 1 - span.start):
-        tile = span.stop - 2 - back
-        read = keys_read(tile, found, rows, tensors, sizes, programs, meta, s_layout)
+        following = entry_of(span, back + 2, meta)
+        read = keys_read(tile_of(entry, meta), found, rows, tensors, sizes, programs, meta)
+        take_turn(turns, which, step, meta)
         s = scores(query, k, step, meta, s_layout)
         o = output(o, p, v, step - 1, meta)
+        pass_turn(turns, which, meta)
         s = warpgroup_mma_wait(1, deps=[s])
         release(k, step, meta)
         values = panel_of(s, panel, which, step, meta)
         if MASKED:
-            s = either(s, tile, span, rows, read, values, sizes, tensors, programs, meta)
+            s = either(s, entry, span, rows, read, values, sizes, tensors, programs, meta)
         else:
-            s = logits(s, tile, rows, read, values, sizes, tensors, programs, meta, False)
+            s = whole_logits(s, tile_of(entry, meta), rows, read, values, sizes, tensors, programs, meta)
+        entry = following
         new_p, top, total, shrink = weights(s, top, total, sizes.scale, meta)
         new_p = gl.convert_layout(new_p.to(dtype), p_layout)
         hold(v, step - 1, meta)
@@ -414,24 +599,29 @@ def overlapped(
 
 @gluon.jit
 def in_turn(
-    query, q_empty, k, v, panel, step, span, rows, sizes, tensors, programs: gl.constexpr, which: gl.constexpr,
+    query, q_empty, k, v, panel, turns, step, span, rows, sizes, tensors, programs: gl.constexpr, which: gl.constexpr,
     dtype: gl.constexpr, meta: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """As :func:`overlapped`, with one product in flight at a time."""
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    top, total = sunk(rows, sizes, tensors, programs)
+    top, total = sunk(rows, sizes, tensors, programs, meta, s_layout)
     o = gl.full([ROWS, meta.value_block], 0.0, gl.float32, o_layout)
     found = rows_read(rows, tensors, sizes, programs)
+    entry = entry_of(span, 0, meta)
     for back in range(span.stop - span.start):
-        tile = span.stop - 1 - back
-        read = keys_read(tile, found, rows, tensors, sizes, programs, meta, s_layout)
-        s = warpgroup_mma_wait(0, deps=[scores(query, k, step, meta, s_layout)])
+        following = entry_of(span, back + 1, meta)
+        read = keys_read(tile_of(entry, meta), found, rows, tensors, sizes, programs, meta)
+        take_turn(turns, which, step, meta)
+        s = scores(query, k, step, meta, s_layout)
+        pass_turn(turns, which, meta)
+        s = warpgroup_mma_wait(0, deps=[s])
         release(k, step, meta)
         values = panel_of(s, panel, which, step, meta)
-        if meta.left or meta.right or meta.ragged:
-            s = either(s, tile, span, rows, read, values, sizes, tensors, programs, meta)
+        if meta.left or meta.right or meta.ragged or meta.listed:
+            s = either(s, entry, span, rows, read, values, sizes, tensors, programs, meta)
         else:
-            s = logits(s, tile, rows, read, values, sizes, tensors, programs, meta, False)
+            s = whole_logits(s, tile_of(entry, meta), rows, read, values, sizes, tensors, programs, meta)
+        entry = following
         p, top, total, shrink = weights(s, top, total, sizes.scale, meta)
         o = output(shrunk(o, shrink), gl.convert_layout(p.to(dtype), p_layout), v, step, meta)
         o = warpgroup_mma_wait(0, deps=[o])
@@ -443,46 +633,58 @@ def in_turn(
 
 
 @gluon.jit
-def store(o, top, total, room, o_desc, lse, pair, first, rows, sizes, meta: gl.constexpr):
+def store(o, top, total, room, o_desc, lse, first, rows, sizes, meta: gl.constexpr):
     """Rows divided by their totals, to memory by TMA; the copy may still read ``room`` on return."""
+    if meta.partial_sums:
+        total = gl.convert_layout(gl.sum(total, 1), rows.index.type.layout)
     tma.store_wait(0)
     room.reshape([ROWS, meta.value_block]).store(shrunk(o, 1.0 / total).to(o_desc.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(o_desc, [pair // sizes.heads, pair % sizes.heads, first, 0], room)
+    batch, head = rows.batch[0], rows.head
+    tma.async_copy_shared_to_global(o_desc, [batch.to(gl.int32), head.to(gl.int32), first, 0], room)
     if meta.lse:
         natural = top * (sizes.scale * LN_2) + gl.log2(total) * LN_2
-        gl.store(lse + pair.to(gl.int64) * sizes.rows + rows.index, natural, mask=rows.index < sizes.rows)
+        gl.store(lse + (batch * sizes.heads + head) * sizes.rows + rows.index, natural, mask=rows.index < sizes.rows)
 
 
 @gluon.jit
 def consume(
-    q, k, v, panel, coming, sizes, tensors, o_desc, o_room, lse,
+    q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse,
     programs: gl.constexpr, which: gl.constexpr, meta: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 query rows of each work item."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, meta.block_n, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, meta.value_block, 16])
     work: gl.constexpr = overlapped if meta.overlapped else in_turn
-    query = q.room.index(which).reshape([ROWS, meta.head_block])
-    index = gl.program_id(0)
+    pair, row_tile = item_of(gl.program_id(0), sizes, meta)
+    item = place_of(pair // sizes.heads, pair % sizes.heads, row_tile)
     turn = 0
     step = 0
-    while index < sizes.pairs * sizes.row_tiles:
-        pair, row_tile = item_of(index, sizes, meta)
+    while item >= 0:
+        batch, head = item >> 40, (item >> 24) & 0xFFFF
+        row_tile = (item & 0xFFFFFF).to(gl.int32)
         first = row_tile * meta.consumers * ROWS
-        batch = (pair // sizes.heads).to(gl.int64)
-        head = (pair % sizes.heads).to(gl.int64)
         rows = Rows(first + which * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout)), (batch,), head)
-        mbarrier.wait(q.full.index(which), turn & 1)
+        span = span_of(row_tile, batch.to(gl.int32), head.to(gl.int32), lists, sizes, meta)
+        mine = span
+        if meta.own:
+            mine = own_tiles(first + which * ROWS, span, sizes, meta)
+            step = skip(span.stop - mine.stop, k, v, panel, turns, which, step, meta)
+        place, parity = ring(turn, meta.queries)
+        place = place * meta.consumers + which
+        mbarrier.wait(q.full.index(place), parity)
+        query = q.room.index(place).reshape([ROWS, meta.head_block])
         o, top, total, step = work(
-            query, q.empty.index(which), k, v, panel, step, key_tiles(first, sizes, meta), rows, sizes, tensors,
-            programs, which, q.desc.dtype, meta, s_layout, o_layout,
+            query, q.empty.index(place), k, v, panel, turns, step, mine, rows, sizes, tensors, programs, which, q.desc.dtype,
+            meta, s_layout, o_layout,
         )  # fmt: skip
-        store(o, top, total, o_room.index(which), o_desc, lse, pair, first + which * ROWS, rows, sizes, meta)
+        if meta.own and meta.left:
+            step = skip(mine.start - span.start, k, v, panel, turns, which, step, meta)
+        store(o, top, total, o_room.index(place if meta.shared_out else which), o_desc, lse, first + which * ROWS, rows, sizes, meta)
         if meta.shared_out:
             tma.store_wait(0)
-            mbarrier.arrive(q.empty.index(which), count=1)
-        index = announced(index, turn, coming, meta)
+            mbarrier.arrive(q.empty.index(place), count=1)
+        item = announced(turn, coming) if meta.persistent else item * 0 - 1
         turn += 1
     tma.store_wait(0)
 
@@ -508,24 +710,28 @@ def tiles_for(desc, COUNT: gl.constexpr, READERS: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[
-        "heads", "group", "kv_batch", "rows", "keys", "left", "right", "row_tiles", "pairs", "together", "scale",
+        "heads", "group", "kv_batch", "rows", "keys", "left", "right", "row_tiles", "pairs", "together",
+        "list_batch", "list_head", "list_length", "scale",
     ],
-    do_not_specialize_on_alignment=["lse", "counter"],
+    do_not_specialize_on_alignment=["lse", "counter", "lists"],
 )  # fmt: skip
 def attention_forward(
-    q_desc, k_desc, v_desc, o_desc, panel_desc, lse, counter, captures, strides, symbols,
-    heads, group, kv_batch, rows, keys, left, right, row_tiles, pairs, together, scale,
+    q_desc, k_desc, v_desc, o_desc, panel_desc, lse, counter, lists, captures, strides, symbols,
+    heads, group, kv_batch, rows, keys, left, right, row_tiles, pairs, together, list_batch, list_head, list_length,
+    scale,
     programs: gl.constexpr, meta: gl.constexpr,
 ):  # fmt: skip
     """``out`` and, where asked for, ``lse [B, H, M]`` of one attention, operands ``[B, H, N, D]``.
 
     Row ``m`` keeps keys ``m + left <= n <= m + right``. ``programs.score`` makes logits of scores and ``.sink`` one of
     a row (:mod:`attnfuse.kernels.triton.text`), both in units of ``scale``, which makes them powers of two; the values
-    of captures come after the symbols, read as ``.reads`` says. ``panel_desc`` is the capture that is read in panels.
+    of captures come after the symbols, read as ``.reads`` says; ``.bare`` is the program of tiles that no mask cuts.
+    ``panel_desc`` is the capture that is read in panels. ``lists`` are the key tiles of every row tile, where the mask
+    is no band.
     """
     C: gl.constexpr = meta.consumers
     R: gl.constexpr = meta.registers
-    q = tiles_for(q_desc, C, 1)
+    q = tiles_for(q_desc, C * meta.queries, 1)
     k = tiles_for(k_desc, meta.stages, C)
     v = tiles_for(v_desc, meta.stages, C)
     panel = q
@@ -534,16 +740,22 @@ def attention_forward(
     o_room = q.room
     if not meta.shared_out:
         o_room = gl.allocate_shared_memory(o_desc.dtype, [C] + o_desc.block_type.shape, o_desc.layout)
-    following = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    turns = q.full
+    if meta.turns:
+        turns = barriers_for(C, 1)
+    following = gl.allocate_shared_memory(gl.int64, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     coming = Tiles(counter, following, barriers_for(2, 1), barriers_for(2, C))
-    sizes = Sizes(heads, group, kv_batch, rows, keys, left, right, row_tiles, pairs, together, scale)
+    sizes = Sizes(
+        heads, group, kv_batch, rows, keys, left, right, row_tiles, pairs, together, list_batch, list_head, list_length,
+        scale,
+    )  # fmt: skip
     tensors = Tensors(captures, strides, symbols)
     if C == 2:
         gl.warp_specialize(
             [
-                (consume, (q, k, v, panel, coming, sizes, tensors, o_desc, o_room, lse, programs, 0, meta)),
-                (consume, (q, k, v, panel, coming, sizes, tensors, o_desc, o_room, lse, programs, 1, meta)),
-                (produce, (q, k, v, panel, coming, sizes, counter, meta)),
+                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 0, meta)),
+                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 1, meta)),
+                (produce, (q, k, v, panel, coming, lists, sizes, counter, meta)),
             ],
             [4, 1],
             [R, 24],
@@ -551,10 +763,10 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (consume, (q, k, v, panel, coming, sizes, tensors, o_desc, o_room, lse, programs, 0, meta)),
-                (consume, (q, k, v, panel, coming, sizes, tensors, o_desc, o_room, lse, programs, 1, meta)),
-                (consume, (q, k, v, panel, coming, sizes, tensors, o_desc, o_room, lse, programs, 2, meta)),
-                (produce, (q, k, v, panel, coming, sizes, counter, meta)),
+                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 0, meta)),
+                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 1, meta)),
+                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 2, meta)),
+                (produce, (q, k, v, panel, coming, lists, sizes, counter, meta)),
             ],
             [4, 4, 1],
             [R, R, 24],

@@ -58,7 +58,8 @@ def _launch(plan: Plan, operands: Sequence[Tensor], lse: Tensor | None, captures
     panel = None if plan.panel is None else Descriptor(captures[plan.panel[0]], *plan.panel[1])
     stream = triton.runtime.driver.active.get_current_stream(plan.device)
     counter = _counter(plan.device, stream)
-    addresses = (counter if lse is None else lse, counter, tuple(captures))
+    lists = plan.fixed if plan.lister is None else plan.lister(captures)
+    addresses = (counter if lse is None else lse, counter, lists, tuple(captures))
     plan.run(*described, panel, *addresses, *plan.numbers, stream=stream)
 
 

@@ -15,7 +15,9 @@ class Meta:
     in shared memory. ``consumers`` warpgroups have ``registers`` each. ``overlapped`` runs one tile's softmax beside
     another's product, and ``held`` keeps ptxas from undoing it. ``shared_out`` lets the output leave through the
     query's room. A ``persistent`` grid is one block a multiprocessor, and takes its work in order or, ``dynamic``,
-    from a counter; ``longest_first`` orders it for a causal mask.
+    from a counter; ``longest_first`` orders it for a causal mask, ``short_last`` for rows that do not fill their last
+    tile. ``queries`` tiles of query rows are in shared memory for each consumer. A consumer takes part in its ``own``
+    rows' tiles alone, not in all that the block's rows reach.
     """
 
     head_block: int
@@ -30,6 +32,11 @@ class Meta:
     persistent: bool = True
     dynamic: bool = False
     longest_first: bool = False
+    short_last: bool = False
+    queries: int = 1
+    own: bool = False
+    partial_sums: bool = False
+    turns: bool = False
     #: The band is closed on the left, on the right; the last tile is not full of keys.
     left: bool = False
     right: bool = False
@@ -37,6 +44,8 @@ class Meta:
     #: Logits may be as large as floats are (:class:`attnfuse.kernels.triton.Logit`).
     huge: bool = False
     lse: bool = False
+    #: Key tiles come from lists.
+    listed: bool = False
     #: A capture that varies along rows and keys is read in panels, by the copy engine; it varies along batch, head.
     panel: bool = False
     panel_batch: bool = False

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from attnfuse.form import ABSORBING, form_of
 from attnfuse.kernels.gluon.build import Source, build
 from attnfuse.kernels.gluon.forward import ROWS
 from attnfuse.kernels.gluon.meta import Meta
-from attnfuse.kernels.gluon.reads import given, reads_of
+from attnfuse.kernels.gluon.programs import Programs, programs_of
+from attnfuse.kernels.gluon.reads import given, only_of, reads_of
 from attnfuse.kernels.gluon.tuned import measured, tuned
-from attnfuse.kernels.rows import Band, band_of, rows_kept
-from attnfuse.kernels.triton import function_text, logit_of
-from attnfuse.score import Capture, Const, Expr, S, walk
-from attnfuse.spec import AttentionSpec
+from attnfuse.kernels.triton import Listing, Mask, function_text
+from attnfuse.score import Capture, S
+from attnfuse.spec import AttentionSpec, axes_of
 
 __all__ = ["Facts", "Plan", "planned"]
 
 #: Bytes of keys and values that stay in the L2 cache while all their row tiles run (H200 has 60 MB, in two halves).
 CACHED = 24 << 20
-#: Logits beyond this lose more than 0.01 where ``s * scale - top * scale`` rounds one product and not the other.
-LARGE = 1e5
+#: Work items of a multiprocessor in the last group of a longest-first order: they end with short ones.
+LAST_ITEMS = 2
+#: Keys from which on the tiles of a mask are listed: it takes a launch of its own.
+LISTED = 1024
 _NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.bool: "i1",
     torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
@@ -46,6 +48,9 @@ class Plan:
     #: The capture that is read in panels, and its layout.
     panel: tuple[int, Layout] | None
     numbers: tuple[Any, ...]
+    #: What lists the tiles of the mask; and the lists, where they depend on sizes alone.
+    lister: Callable[[Sequence[Tensor]], Tensor] | None = None
+    fixed: Tensor | None = None
 
 
 _PLANS: dict[Any, tuple[AttentionSpec, Plan]] = {}
@@ -59,47 +64,45 @@ def planned(
     key = (id(spec), facts, symbols, device, with_lse, meta)
     found = _PLANS.get(key)
     if found is None:
-        found = _PLANS[key] = (
-            spec,
-            _made(spec, facts, symbols, device, *sourced(spec, facts, symbols, with_lse, meta)),
-        )
+        source, programs = sourced(spec, facts, symbols, with_lse, meta)
+        found = _PLANS[key] = (spec, _made(spec, facts, symbols, device, source, programs))
     return found[1]
 
 
 def sourced(
     spec: AttentionSpec, facts: Facts, symbols: tuple[int, ...], with_lse: bool, meta: Meta | None = None
-) -> tuple[Source, Band, float]:
-    """What is to be compiled, the band outside of which keys are not read, and what makes a logit a power of two."""
+) -> tuple[Source, Programs]:
+    """What is to be compiled, and the programs it was made of."""
     (q_shape, _, dtype), (k_shape, _, _), (v_shape, _, _), *captured = facts
-    keys, logit, band = k_shape[2], logit_of(spec), Band(exact=False)
-    program = logit.masked
-    if _skips(spec, q_shape[2], keys, symbols):
-        logit, band = logit_of(_unfilled(spec)), band_of(spec, symbols)
-        program = logit.core
-    sink = None if spec.sink is None else logit.shrunk(spec.sink, spec.captures)
-    left, right = band.left is not None, band.right is not None
-    simple = program == S
-    chosen = meta or measured(spec, dtype, q_shape, k_shape, v_shape)
-    chosen = chosen or tuned(q_shape[3], v_shape[3], keys, left=left, right=right, program=not simple)
+    rows, keys = q_shape[2], k_shape[2]
+    programs = programs_of(spec, rows, keys, symbols)
+    left, right = programs.band.left is not None, programs.band.right is not None
+    listed = programs.mask is not None and keys >= LISTED
+    simple = programs.cut == S
+    bare = programs.bare if listed else programs.cut
     strides, dtypes = tuple(each for _, each, _ in captured), [dtype for _, _, dtype in captured]
-    reads = reads_of(spec, program, strides, dtypes)
-    facts_of = {"left": left, "right": right, "ragged": keys % chosen.block_n > 0, "lse": with_lse}
-    wide = any(stride * size >= 2**31 for shape, each, _ in captured for size, stride in zip(shape, each, strict=True))
-    write = partial(function_text, captures=spec.captures, fast=True, wide=wide)
+    reads = reads_of(spec, programs.cut, strides, dtypes)
+    facts_of = {"left": left, "right": right, "program": not simple, "panel": "panel" in reads}
+    chosen = meta or measured(spec, dtype, q_shape, k_shape, v_shape)
+    chosen = chosen or tuned(q_shape[3], v_shape[3], keys, **facts_of)
+    known = {"left": left, "right": right, "ragged": keys % chosen.block_n > 0, "lse": with_lse, "listed": listed}
+    write = partial(function_text, captures=spec.captures, fast=True, wide=_is_wide(captured))
     source = Source(
-        chosen.having(**facts_of, **_panel(spec, reads), huge=logit.huge or _is_large(program)),
+        chosen.having(**known, **_panel(spec, reads), huge=programs.huge),
         _NAMES[dtype],
-        None if simple else write(given(program, spec.captures, len(symbols))),
-        None if sink is None else write(sink),
+        None if simple else write(given(programs.cut, spec.captures, len(symbols))),
+        None if bare == S else write(given(bare, spec.captures, len(symbols))),
+        None if programs.sink is None else write(programs.sink),
         tuple(_NAMES[each] for each in dtypes),
         tuple(
             "constexpr" if stride == 1 else "i64" if stride >= 2**31 else "i32" for stride in _strides(spec, captured)
         ),
         len(symbols),
         reads,
+        only_of(bare, reads),
         tuple(write(Capture(slot)) for slot in range(len(reads))),
     )
-    return source, band, logit.exponent
+    return source, programs
 
 
 def _made(
@@ -108,8 +111,7 @@ def _made(
     symbols: tuple[int, ...],
     device: int,
     source: Source,
-    band: Band,
-    exponent: float,
+    programs: Programs,
 ) -> Plan:
     (q_shape, q_strides, dtype), (k_shape, k_strides, _), (v_shape, v_strides, _), *captured = facts
     batch, heads, rows, width = q_shape
@@ -117,17 +119,53 @@ def _made(
     value_width, pairs, group = v_shape[3], batch * heads, heads // kv_heads
     row_tiles = -(-rows // (source.meta.consumers * ROWS.value))
     pair_bytes = keys * (width + value_width) * dtype.itemsize / group
-    together = max(1, min(pairs, int(CACHED // pair_bytes)))
     items = pairs * row_tiles
+    short = -(-LAST_ITEMS * _processors(device) // row_tiles)
+    together = max(1, min(pairs, max(short, int(CACHED // pair_bytes))))
     grid = min(items, _processors(device)) if source.meta.persistent else items
     out = (batch, heads, rows, value_width), (rows * heads * value_width, value_width, heads * value_width, 1)
     shapes = ((q_shape, q_strides), (k_shape, k_strides), (v_shape, v_strides), out)
-    sizes = (heads, group, kv_batch, rows, keys, band.left or 0, band.right or 0, row_tiles, pairs, together)
+    listing = _listing(spec, facts, symbols, source.meta, programs)
+    band = programs.band.left or 0, programs.band.right or 0
+    sizes = (heads, group, kv_batch, rows, keys, *band, row_tiles, pairs, together, *_places(listing))
     # programs and meta are compiled in
-    numbers = (_strides(spec, captured), symbols, *sizes, exponent, None, None)
+    numbers = (_strides(spec, captured), symbols, *sizes, programs.exponent, None, None)
     slot = source.reads.index("panel") if source.meta.panel else None
     panel = None if slot is None else (slot, _layout(*captured[slot][:2]))
-    return Plan(build(source)[(grid, 1, 1)], device, tuple(_layout(*each) for each in shapes), panel, numbers)
+    run, layouts = build(source)[(grid, 1, 1)], tuple(_layout(*each) for each in shapes)
+    if listing is None:
+        return Plan(run, device, layouts, panel, numbers)
+    lister = listing.launcher(torch.device("cuda", device))
+    if listing.fixed:
+        return Plan(run, device, layouts, panel, numbers, fixed=lister(()))
+    return Plan(run, device, layouts, panel, numbers, lister)
+
+
+def _listing(
+    spec: AttentionSpec, facts: Facts, symbols: tuple[int, ...], meta: Meta, programs: Programs
+) -> Listing | None:
+    """What lists the tiles of the mask, in the body's tiles."""
+    if not meta.listed or programs.mask is None:
+        return None
+    ((batch, heads, rows, _), _, _), (k_shape, _, _), _, *captured = facts
+    varies = axes_of(programs.mask, spec.captures)
+    mask = Mask(
+        programs.mask, spec.captures, len(symbols), _is_wide(captured), meta.consumers * ROWS.value, meta.block_n,
+        -(-k_shape[2] // meta.block_n), meta.left, meta.right, programs.everywhere,
+    )  # fmt: skip
+    sizes = batch if "b0" in varies else 1, heads if "h" in varies else 1, rows, k_shape[2]
+    band = programs.band.left or 0, programs.band.right or 0
+    return Listing(mask, *sizes, band, _strides(spec, captured), symbols)
+
+
+def _places(listing: Listing | None) -> tuple[int, int, int]:
+    """Lists from one batch to the next, from one head to the next, and the length of one."""
+    if listing is None:
+        return 0, 0, 0
+    tiles = listing.row_tiles
+    return (
+        tiles * listing.heads if listing.batch > 1 else 0, tiles if listing.heads > 1 else 0, listing.length,
+    )  # fmt: skip
 
 
 @cache
@@ -148,28 +186,9 @@ def _panel(spec: AttentionSpec, reads: tuple[str, ...]) -> dict[str, bool]:
     return {"panel": True, "panel_batch": "b0" in axes, "panel_head": "h" in axes}
 
 
-def _skips(spec: AttentionSpec, rows: int, keys: int, symbols: tuple[int, ...]) -> bool:
-    """Whether keys outside of the mask's band have no weight, so that they need not be read.
-
-    A finite fill gives them weight in a row that keeps no key at all.
-    """
-    form = form_of(spec.score)
-    if form is None or form.fill > ABSORBING:
-        return False
-    return form.fill == float("-inf") or rows_kept(spec, rows, keys, symbols)
-
-
-def _unfilled(spec: AttentionSpec) -> AttentionSpec:
-    """With -inf for a finite fill that nobody sees: the logit is then not as large as the fill."""
-    form = form_of(spec.score)
-    if form is None or not form.keep:
-        return spec
-    return replace(spec, score=replace(form, fill=float("-inf"), added=False).expr())
-
-
-def _is_large(program: Expr) -> bool:
-    """Whether it fills masked keys with a finite number so large that its product with a factor must not be rounded."""
-    return any(isinstance(part, Const) and LARGE < abs(part.value) < float("inf") for part in walk(program))
+def _is_wide(captured: Sequence[Any]) -> bool:
+    """Whether an offset within a tile may need 64 bits."""
+    return any(stride * size >= 2**31 for shape, each, _ in captured for size, stride in zip(shape, each, strict=True))
 
 
 def _strides(spec: AttentionSpec, captured: Sequence[Any]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import torch
 from attnfuse.score import Capture, Const, Expr, Symbol, apply, rewrite, walk
 from attnfuse.spec import AttentionSpec, Captured
 
-__all__ = ["given", "reads_of"]
+__all__ = ["given", "only_of", "reads_of"]
 
 _PANELS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -26,6 +26,12 @@ def reads_of(
     fits = (slot for slot, read in enumerate(found) if read == "score" and _is_panel(strides[slot], dtypes[slot]))
     first = next(fits, None)
     return tuple("panel" if slot == first else read for slot, read in enumerate(found))
+
+
+def only_of(program: Expr, reads: tuple[str, ...]) -> tuple[str, ...]:
+    """``reads`` of the captures that ``program`` reads."""
+    used = {part.slot for part in walk(program) if isinstance(part, Capture)}
+    return tuple(read if slot in used else "" for slot, read in enumerate(reads))
 
 
 def _read(captured: Captured) -> str:

@@ -20,44 +20,53 @@ NAME = "gluon"
 #: Widths of a tile; a head's is rounded up, and what is beyond it reads as zero.
 BLOCKS = (64, 128, 256)
 
-#: By the widths of query and value tiles, with registers for any program and room for a panel.
+#: By the widths of query and value tiles, with registers for any program.
 _WITH_PROGRAM: dict[tuple[int, int], Meta] = {
     (64, 64): Meta(64, 64, stages=3),
     (64, 128): Meta(64, 128),
     (64, 256): Meta(64, 256, block_n=64),
     (128, 64): Meta(128, 64),
-    (128, 128): Meta(128, 128, shared_out=True),
+    (128, 128): Meta(128, 128, held=False, queries=2, partial_sums=True),
     (128, 256): Meta(128, 256, block_n=64),
     (256, 64): Meta(256, 64, block_n=64),
     (256, 128): Meta(256, 128, block_n=64),
     (256, 256): Meta(256, 256, block_n=64, held=False, shared_out=True),
 }
+#: A panel needs the room of the second query and of the output.
+_PANEL_128 = Meta(128, 128, held=False, shared_out=True, own=True, partial_sums=True)
 #: 192 rows to a block read a third fewer bytes than 128, and mask more scores behind a causal mask.
-_THREE_64 = Meta(64, 64, consumers=3, registers=160, stages=3, held=False)
+_THREE_64 = Meta(64, 64, consumers=3, registers=160, stages=3, held=False, queries=2, own=True, turns=True)
 _THREE_128 = Meta(128, 128, consumers=3, registers=160, overlapped=False, shared_out=True)
-_LONG, _LONG_CAUSAL = 4096, 12288
+_TWO_128 = Meta(128, 128, held=False, queries=2)
+#: Blocks of half the keys mask fewer scores, and of short rows they are many.
+_SHORT_CAUSAL_128 = Meta(128, 128, block_n=64, stages=4, held=False, queries=2, own=True, partial_sums=True)
+_SHORT, _LONG, _LONG_CAUSAL = 768, 4096, 8192
 
 
-def tuned(width: int, value_width: int, keys: int, *, left: bool, right: bool, program: bool) -> Meta:
+def tuned(
+    width: int, value_width: int, keys: int, *, left: bool, right: bool, program: bool = False, panel: bool = False
+) -> Meta:
     """The choices for heads of these widths, up to 256, behind a band that is open or closed on either side.
 
-    ``program`` says that scores pass through one, which needs registers.
+    ``program`` says that scores pass through one, which needs registers; ``panel`` that it reads one.
     """
     blocks = _block(width), _block(value_width)
-    meta = _WITH_PROGRAM[blocks] if program else _plain(blocks, keys, right)
+    longest_first = right and not left
+    meta = _with_program(blocks, panel) if program else _plain(blocks, keys, right=right, triangle=longest_first)
     if blocks == (256, 256):
         # long blocks: the hardware's own order is the best
-        return replace(meta, persistent=False, longest_first=right and not left)
-    return replace(meta, dynamic=right or blocks == (64, 64), longest_first=right and not left)
+        return replace(meta, persistent=False, longest_first=longest_first)
+    three = blocks == (64, 64) and not program
+    return replace(meta, dynamic=right or three, longest_first=longest_first, short_last=three and not longest_first)
 
 
 def choices(width: int, value_width: int) -> tuple[Meta, ...]:
     """Everything that :func:`tuned` may answer for heads of these widths."""
-    facts = product((0, _LONG, _LONG_CAUSAL), (False, True), (False, True), (False, True))
+    facts = product((0, _SHORT, _LONG, _LONG_CAUSAL), *[(False, True)] * 4)
     return tuple(
         dict.fromkeys(
-            tuned(width, value_width, keys, left=left, right=right, program=program)
-            for keys, left, right, program in facts
+            tuned(width, value_width, keys, left=left, right=right, program=program, panel=panel)
+            for keys, left, right, program, panel in facts
         )
     )
 
@@ -70,13 +79,22 @@ def measured(
     return None if fields is None else Meta(**fields)
 
 
-def _plain(blocks: tuple[int, int], keys: int, right: bool) -> Meta:
-    long = keys >= (_LONG_CAUSAL if right else _LONG)
+def _with_program(blocks: tuple[int, int], panel: bool) -> Meta:
+    return _PANEL_128 if panel and blocks == (128, 128) else _WITH_PROGRAM[blocks]
+
+
+def _plain(blocks: tuple[int, int], keys: int, *, right: bool, triangle: bool) -> Meta:
     match blocks:
         case (64, 64):
-            return _THREE_64 if long or not right else replace(_THREE_64, overlapped=False)
+            short_causal = right and keys < _LONG_CAUSAL
+            return replace(_THREE_64, overlapped=False, turns=False) if short_causal else _THREE_64
+        case (128, 128) if right and keys < _SHORT:
+            return _SHORT_CAUSAL_128
+        case (128, 128) if right:
+            three = triangle and keys >= _LONG_CAUSAL
+            return replace(_THREE_128 if three else _TWO_128, own=three, partial_sums=True)
         case (128, 128):
-            return _THREE_128 if long else Meta(128, 128, held=False)
+            return _THREE_128 if keys >= _LONG else _TWO_128
     return _WITH_PROGRAM[blocks]
 
 

@@ -6,7 +6,8 @@ that this package can be imported, and its kernel asked, where Triton is not ins
 
 from __future__ import annotations
 
+from attnfuse.kernels.triton.listing import Listing, Mask
 from attnfuse.kernels.triton.logit import Logit, logit_of
 from attnfuse.kernels.triton.text import function_text, untranslatable
 
-__all__ = ["Logit", "function_text", "logit_of", "untranslatable"]
+__all__ = ["Listing", "Logit", "Mask", "function_text", "logit_of", "untranslatable"]

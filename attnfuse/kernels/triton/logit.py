@@ -24,7 +24,8 @@ LOG2E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Logit:
-    """``logit == factor * masked``, and ``== factor * core`` for keys inside of the mask's band.
+    """``logit == factor * masked``, ``== factor * core`` for keys inside of the mask's band, and ``== factor * bare``
+    for keys that the whole mask keeps.
 
     ``factor > 0``. ``huge`` says that a row's maximum may be as far below zero as floats go (a mask of finfo.min, in
     a row that it masks throughout), where products with a factor overflow or round apart: subtract it first.
@@ -33,6 +34,7 @@ class Logit:
     factor: float
     masked: Expr
     core: Expr
+    bare: Expr
     huge: bool
 
     @property
@@ -52,12 +54,13 @@ def logit_of(spec: AttentionSpec, *, rows_kept: bool = False) -> Logit:
     if rows_kept and form is not None and form.keep and form.fill <= ABSORBING:
         # nobody sees the fill: but for tiles in which a row keeps nothing, whose maximum it would be for a while
         spec = replace(spec, score=replace(form, fill=float("-inf"), added=False).expr())
-    masked, core = (rewrite(program, _one_constant) for program in (spec.score, _inside(spec)))
+    programs = (spec.score, _inside(spec), _unmasked(spec))
+    masked, core, bare = (rewrite(program, _one_constant) for program in programs)
     if _may_be_huge(spec):
-        return Logit(1.0, masked, core, huge=True)
+        return Logit(1.0, masked, core, bare, huge=True)
     # a mask is outermost and its fill no factor, so the program without its mask scales alike, if it is spelt alike
-    (factor, in_mask), (same, inside) = (_factored(each, spec.captures) for each in (masked, core))
-    return Logit(factor, in_mask, inside, huge=False) if factor == same else Logit(1.0, masked, core, huge=False)
+    factors, scaled = zip(*(_factored(each, spec.captures) for each in (masked, core, bare)), strict=True)
+    return Logit(factors[0], *scaled, False) if len(set(factors)) == 1 else Logit(1.0, masked, core, bare, False)
 
 
 def _inside(spec: AttentionSpec) -> Expr:
@@ -68,6 +71,12 @@ def _inside(spec: AttentionSpec) -> Expr:
     masks = found[len(found) - len(form.keep) - (spec.sink is not None) :]
     pairs = zip(form.keep, masks, strict=False)
     return replace(form, keep=tuple(keep for keep, mask in pairs if not isinstance(mask, (Causal, Window)))).expr()
+
+
+def _unmasked(spec: AttentionSpec) -> Expr:
+    """The program of a key that the whole mask keeps."""
+    form = form_of(spec.score)
+    return spec.score if form is None else replace(form, keep=()).expr()
 
 
 def _one_constant(part: Expr) -> Expr:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.repo.sources import ROOT
 
-CASES = ("interpreted.py", "interpreted_float8.py")
+CASES = ("interpreted.py", "interpreted_float8.py", "interpreted_tiles.py")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
