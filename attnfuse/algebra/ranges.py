@@ -52,7 +52,9 @@ def bounds_of(mask: Expr, ranges: Ranges) -> Bounds:
             return Bounds(TRUE, FALSE) if first is None or second is None else _compared(op, first, second)
         case Capture():
             known = ranges(mask)
-            return Bounds(TRUE, FALSE) if known is None else Bounds(*(apply("ne", end, Const(0)) for end in known[::-1]))
+            return (
+                Bounds(TRUE, FALSE) if known is None else Bounds(*(apply("ne", end, Const(0)) for end in known[::-1]))
+            )
     return Bounds(TRUE, FALSE)
 
 

@@ -41,6 +41,7 @@ SPECS = {
     "causal": spec("where(n <= m, 0.3 * s, -inf)"),
     "causal, finite fill": spec(f"where(n <= m, 0.3 * s, {MIN})"),
     "causal, bottom right": spec("where(n <= m + 4, 0.3 * s, -inf)"),
+    "causal, offset of each batch": spec("where(n <= m + t0, 0.3 * s, -inf)", "int64[b0]"),
     "causal, rows without keys": spec("where(n <= m - 3, 0.3 * s, -inf)"),
     "causal, rows of equal weights": spec(f"where(n <= m - 3, 0.3 * s, {MIN})"),
     "causal, mild fill": spec("where(n <= m, 0.3 * s, -10000.0)"),

@@ -74,7 +74,9 @@ def build(source: Source) -> Any:
         **({} if source.meta.panel else {"panel_desc": None}),
         **({} if source.meta.listed else {"lists": None}),
         "programs": Programs(
-            *map(_function, (source.score, source.bare, source.sink)),
+            _function(source.score),
+            _function(source.bare),
+            _function(source.sink),
             source.reads,
             source.bare_reads,
             tuple(map(_function, source.loaders)),

@@ -675,12 +675,23 @@ def consume(
         mbarrier.wait(q.full.index(place), parity)
         query = q.room.index(place).reshape([ROWS, meta.head_block])
         o, top, total, step = work(
-            query, q.empty.index(place), k, v, panel, turns, step, mine, rows, sizes, tensors, programs, which, q.desc.dtype,
-            meta, s_layout, o_layout,
+            query, q.empty.index(place), k, v, panel, turns, step, mine, rows, sizes, tensors, programs, which,
+            q.desc.dtype, meta, s_layout, o_layout,
         )  # fmt: skip
         if meta.own and meta.left:
             step = skip(mine.start - span.start, k, v, panel, turns, which, step, meta)
-        store(o, top, total, o_room.index(place if meta.shared_out else which), o_desc, lse, first + which * ROWS, rows, sizes, meta)
+        store(
+            o,
+            top,
+            total,
+            o_room.index(place if meta.shared_out else which),
+            o_desc,
+            lse,
+            first + which * ROWS,
+            rows,
+            sizes,
+            meta,
+        )
         if meta.shared_out:
             tma.store_wait(0)
             mbarrier.arrive(q.empty.index(place), count=1)
@@ -753,8 +764,14 @@ def attention_forward(
     if C == 2:
         gl.warp_specialize(
             [
-                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 0, meta)),
-                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 1, meta)),
+                (
+                    consume,
+                    (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 0, meta),
+                ),
+                (
+                    consume,
+                    (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 1, meta),
+                ),
                 (produce, (q, k, v, panel, coming, lists, sizes, counter, meta)),
             ],
             [4, 1],
@@ -763,9 +780,18 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 0, meta)),
-                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 1, meta)),
-                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 2, meta)),
+                (
+                    consume,
+                    (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 0, meta),
+                ),
+                (
+                    consume,
+                    (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 1, meta),
+                ),
+                (
+                    consume,
+                    (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 2, meta),
+                ),
                 (produce, (q, k, v, panel, coming, lists, sizes, counter, meta)),
             ],
             [4, 4, 1],

@@ -120,8 +120,7 @@ def _made(
     row_tiles = -(-rows // (source.meta.consumers * ROWS.value))
     pair_bytes = keys * (width + value_width) * dtype.itemsize / group
     items = pairs * row_tiles
-    short = -(-LAST_ITEMS * _processors(device) // row_tiles)
-    together = max(1, min(pairs, max(short, int(CACHED // pair_bytes))))
+    together = _together(pairs, pair_bytes, row_tiles, _processors(device))
     grid = min(items, _processors(device)) if source.meta.persistent else items
     out = (batch, heads, rows, value_width), (rows * heads * value_width, value_width, heads * value_width, 1)
     shapes = ((q_shape, q_strides), (k_shape, k_strides), (v_shape, v_strides), out)
@@ -139,6 +138,16 @@ def _made(
     if listing.fixed:
         return Plan(run, device, layouts, panel, numbers, fixed=lister(()))
     return Plan(run, device, layouts, panel, numbers, lister)
+
+
+def _together(pairs: int, pair_bytes: float, row_tiles: int, processors: int) -> int:
+    """Pairs of batch and head whose row tiles are walked together: their keys and values fit into the L2 cache.
+
+    Enough for the last group to keep every multiprocessor busy to its end; not so many that all of memory is asked for
+    at the start.
+    """
+    busy = -(-LAST_ITEMS * processors // row_tiles)
+    return max(1, min(pairs, processors // 4, max(busy, int(CACHED // pair_bytes))))
 
 
 def _listing(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from attnfuse.form import ABSORBING, Causal, Form, Window, features, form_of
-from attnfuse.kernels.rows import Band, band_of, rows_kept
+from attnfuse.form import ABSORBING, Form, features, form_of
+from attnfuse.kernels.rows import Band, band_of, is_edge, rows_kept
 from attnfuse.kernels.triton import logit_of
 from attnfuse.score import Const, Expr, apply, walk
 from attnfuse.spec import AttentionSpec
@@ -78,9 +78,7 @@ def _beside_a_band(spec: AttentionSpec, form: Form) -> tuple[Expr, ...]:
     found = features(spec)
     assert found is not None
     named = found[len(found) - len(form.keep) - (spec.sink is not None) :]
-    return tuple(
-        keep for keep, name in zip(form.keep, named, strict=False) if not isinstance(name, (Causal, Window))
-    )
+    return tuple(keep for keep, name in zip(form.keep, named, strict=False) if not is_edge(name))
 
 
 def _unfilled(spec: AttentionSpec) -> AttentionSpec:

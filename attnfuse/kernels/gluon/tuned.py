@@ -33,10 +33,10 @@ _WITH_PROGRAM: dict[tuple[int, int], Meta] = {
     (256, 256): Meta(256, 256, block_n=64, held=False, shared_out=True),
 }
 #: A panel needs the room of the second query and of the output.
-_PANEL_128 = Meta(128, 128, held=False, shared_out=True, own=True, partial_sums=True)
+_PANEL_128 = Meta(128, 128, held=False, shared_out=True, own=True)
 #: 192 rows to a block read a third fewer bytes than 128, and mask more scores behind a causal mask.
 _THREE_64 = Meta(64, 64, consumers=3, registers=160, stages=3, held=False, queries=2, own=True, turns=True)
-_THREE_128 = Meta(128, 128, consumers=3, registers=160, overlapped=False, shared_out=True)
+_THREE_128 = Meta(128, 128, consumers=3, registers=160, overlapped=False, shared_out=True, queries=2)
 _TWO_128 = Meta(128, 128, held=False, queries=2)
 #: Blocks of half the keys mask fewer scores, and of short rows they are many.
 _SHORT_CAUSAL_128 = Meta(128, 128, block_n=64, stages=4, held=False, queries=2, own=True, partial_sums=True)
@@ -87,12 +87,13 @@ def _plain(blocks: tuple[int, int], keys: int, *, right: bool, triangle: bool) -
     match blocks:
         case (64, 64):
             short_causal = right and keys < _LONG_CAUSAL
-            return replace(_THREE_64, overlapped=False, turns=False) if short_causal else _THREE_64
+            in_turn = replace(_THREE_64, overlapped=False, turns=False, partial_sums=True)
+            return in_turn if short_causal else _THREE_64
         case (128, 128) if right and keys < _SHORT:
             return _SHORT_CAUSAL_128
         case (128, 128) if right:
             three = triangle and keys >= _LONG_CAUSAL
-            return replace(_THREE_128 if three else _TWO_128, own=three, partial_sums=True)
+            return replace(_THREE_128, queries=1, own=True, partial_sums=True) if three else _TWO_128
         case (128, 128):
             return _THREE_128 if keys >= _LONG else _TWO_128
     return _WITH_PROGRAM[blocks]

@@ -186,7 +186,7 @@ class Listing:
 
         def run(captures: Sequence[Tensor]) -> Tensor:
             nonlocal compiled
-            lists, kinds = torch.empty(shape, dtype=torch.int32, device=device)
+            lists, kinds = torch.empty(shape, dtype=torch.int32, device=device).unbind()
             scope = tuple(captures), self.strides, self.symbols
             arguments = (lists, kinds, _arrivals(device, count), scope, self.heads, sizes, self.mask)
             if compiled is None:
@@ -209,4 +209,3 @@ def _arrivals(device: torch.device, count: int) -> Tensor:
     if found is None or found.numel() < count:
         found = _ARRIVALS[device, stream] = torch.zeros(count, dtype=torch.int32, device=device)
     return found
-

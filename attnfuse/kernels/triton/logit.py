@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from attnfuse.features import Causal, Window, features
+from attnfuse.features import features
 from attnfuse.form import ABSORBING, form_of
-from attnfuse.kernels.rows import FILL
+from attnfuse.kernels.rows import FILL, is_edge
 from attnfuse.score import Apply, Capture, Const, Expr, S, apply, rewrite, walk
 from attnfuse.spec import AttentionSpec, Captured, axes_of
 
@@ -70,7 +70,7 @@ def _inside(spec: AttentionSpec) -> Expr:
         return spec.score
     masks = found[len(found) - len(form.keep) - (spec.sink is not None) :]
     pairs = zip(form.keep, masks, strict=False)
-    return replace(form, keep=tuple(keep for keep, mask in pairs if not isinstance(mask, (Causal, Window)))).expr()
+    return replace(form, keep=tuple(keep for keep, mask in pairs if not is_edge(mask))).expr()
 
 
 def _unmasked(spec: AttentionSpec) -> Expr:

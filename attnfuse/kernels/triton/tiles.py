@@ -73,7 +73,12 @@ def ranges_of(row_tile, tile, batch, head, scope, sizes, MASK: tl.constexpr):
         else:
             given = given + (0, 0)
     last = tl.minimum(row_tile * MASK.height + MASK.height, sizes[0]) - 1
-    return given + (row_tile * MASK.height, last, tile * MASK.width, tl.minimum(tile * MASK.width + MASK.width, sizes[1]) - 1)
+    return given + (
+        row_tile * MASK.height,
+        last,
+        tile * MASK.width,
+        tl.minimum(tile * MASK.width + MASK.width, sizes[1]) - 1,
+    )
 
 
 @triton.jit

@@ -15,7 +15,8 @@ from attnfuse.reference import attention as reference
 from attnfuse.score import parse
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
-from tests.kernels.cases import SIZES, SPECS, Case, Sizes, assert_as_exact, case, exact, written_out
+from tests.kernels.cases import MIN, SIZES, SPECS, Case, Sizes, assert_as_exact, case, exact, spec, written_out
+from tests.kernels.gluon.test_random import drawn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,6 +80,28 @@ def test_every_number_of_tiles(width: int, mask: str | None) -> None:
             difference = (found - wanted).nan_to_num().norm() / wanted.nan_to_num().norm()
             # weights and output are rounded to bfloat16: 2^-9 each
             assert difference < 2**-8 * math.sqrt(2), (rows, keys)
+
+
+#: Masks whose tiles are listed before the forward: by ranges, score by score, and where rows may keep nothing.
+LISTED = {
+    "documents": spec("where((n <= m) & (t0 == t1), 0.1 * s, -inf)", "int32[b0,m]", "int32[b0,n]"),
+    "documents and a bias": spec(
+        "where(t0 == t1, 0.1 * s + t2, -inf)", "int64[b0,m]", "int64[b0,n]", "bfloat16[h,m,n]"
+    ),
+    "blocks of each head": spec("where(t0, 0.1 * s, -inf)", "bool[h,m,n]"),
+    "blocks, finite fill": spec(f"where(t0, 0.1 * s, {MIN})", "bool[b0,m,n]"),
+    "padding, finite fill": spec(f"where((n <= m) & t0, 0.1 * s, {MIN})", "bool[b0,n]"),
+    "prefix": spec("where((n <= m) | (n < 200), 0.1 * s, -inf)"),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_lists_of_tiles(name: str) -> None:
+    given = drawn(LISTED[name], Sizes((2,), 4, 2, 1000, 1160, 128, 128), torch.bfloat16, 1)
+    true = given.to(torch.float64)
+    wanted = reference(given.spec, *true.operands[:3], true.captures)[0]
+    out = lookup("gluon").run(given.spec, *given.operands[:3], given.captures, ())
+    assert_as_exact([out], [written_out(given)], [wanted])
 
 
 def test_any_strides_and_a_shared_batch() -> None:

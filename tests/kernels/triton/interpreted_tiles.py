@@ -1,4 +1,4 @@
-"""Lists of tiles against the mask written out, in Triton's interpreter (:mod:`tests.kernels.triton.test_interpreter`)."""
+"""Lists of tiles against the mask written out, in Triton's interpreter, which ``test_interpreter`` switches on."""
 
 from __future__ import annotations
 
@@ -68,7 +68,16 @@ def setting(name: str, band: str, rows: int, keys: int, *, everywhere: bool = Fa
     varying = {axis for each in captured for axis in each.axes}
     left, right = BANDS[band]
     mask = Mask(
-        parse(program), captured, 0, False, HEIGHT, WIDTH, -(-keys // WIDTH), left is not None, right is not None, everywhere
+        parse(program),
+        captured,
+        0,
+        False,
+        HEIGHT,
+        WIDTH,
+        -(-keys // WIDTH),
+        left is not None,
+        right is not None,
+        everywhere,
     )
     listing = Listing(
         mask, 2 if "b0" in varying else 1, 3 if "h" in varying else 1, rows, keys, (left or 0, right or 0), strides, ()
@@ -82,7 +91,9 @@ def expected(given: Setting) -> list[list[int]]:
     for pair in keep:
         for rows in pair.split(HEIGHT):
             tiles = list(enumerate(rows.split(WIDTH, dim=1)))
-            entries = [2 * tile + int(not (part.all() and part.shape[1] == WIDTH)) for tile, part in tiles if part.any()]
+            entries = [
+                2 * tile + int(not (part.all() and part.shape[1] == WIDTH)) for tile, part in tiles if part.any()
+            ]
             if given.listing.mask.everywhere and not rows.any(dim=1).all():
                 entries = [2 * tile + 1 for tile, _ in tiles]
             found.append(entries[::-1])
