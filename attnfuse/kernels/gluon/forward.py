@@ -60,6 +60,14 @@ class Tiles(NamedTuple):
     empty: Any
 
 
+class Output(NamedTuple):
+    """Where results go: the output's descriptor, room in shared memory that it leaves through, and the LSE."""
+
+    desc: Any
+    room: Any
+    lse: Any
+
+
 class Tensors(NamedTuple):
     """What programs read besides scores and indices."""
 
@@ -633,23 +641,25 @@ def in_turn(
 
 
 @gluon.jit
-def store(o, top, total, room, o_desc, lse, first, rows, sizes, meta: gl.constexpr):
+def store(o, top, total, room, out, first, rows, sizes, meta: gl.constexpr):
     """Rows divided by their totals, to memory by TMA; the copy may still read ``room`` on return."""
     if meta.partial_sums:
         total = gl.convert_layout(gl.sum(total, 1), rows.index.type.layout)
     tma.store_wait(0)
-    room.reshape([ROWS, meta.value_block]).store(shrunk(o, 1.0 / total).to(o_desc.dtype))
+    room.reshape([ROWS, meta.value_block]).store(shrunk(o, 1.0 / total).to(out.desc.dtype))
     fence_async_shared()
     batch, head = rows.batch[0], rows.head
-    tma.async_copy_shared_to_global(o_desc, [batch.to(gl.int32), head.to(gl.int32), first, 0], room)
+    tma.async_copy_shared_to_global(out.desc, [batch.to(gl.int32), head.to(gl.int32), first, 0], room)
     if meta.lse:
         natural = top * (sizes.scale * LN_2) + gl.log2(total) * LN_2
-        gl.store(lse + (batch * sizes.heads + head) * sizes.rows + rows.index, natural, mask=rows.index < sizes.rows)
+        gl.store(
+            out.lse + (batch * sizes.heads + head) * sizes.rows + rows.index, natural, mask=rows.index < sizes.rows
+        )
 
 
 @gluon.jit
 def consume(
-    q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse,
+    q, k, v, panel, coming, turns, lists, sizes, tensors, out,
     programs: gl.constexpr, which: gl.constexpr, meta: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 query rows of each work item."""
@@ -680,18 +690,8 @@ def consume(
         )  # fmt: skip
         if meta.own and meta.left:
             step = skip(mine.start - span.start, k, v, panel, turns, which, step, meta)
-        store(
-            o,
-            top,
-            total,
-            o_room.index(place if meta.shared_out else which),
-            o_desc,
-            lse,
-            first + which * ROWS,
-            rows,
-            sizes,
-            meta,
-        )
+        room = out.room.index(place if meta.shared_out else which)
+        store(o, top, total, room, out, first + which * ROWS, rows, sizes, meta)
         if meta.shared_out:
             tma.store_wait(0)
             mbarrier.arrive(q.empty.index(place), count=1)
@@ -760,18 +760,12 @@ def attention_forward(
         heads, group, kv_batch, rows, keys, left, right, row_tiles, pairs, together, list_batch, list_head, list_length,
         scale,
     )  # fmt: skip
-    tensors = Tensors(captures, strides, symbols)
+    tensors, out = Tensors(captures, strides, symbols), Output(o_desc, o_room, lse)
     if C == 2:
         gl.warp_specialize(
             [
-                (
-                    consume,
-                    (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 0, meta),
-                ),
-                (
-                    consume,
-                    (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 1, meta),
-                ),
+                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, out, programs, 0, meta)),
+                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, out, programs, 1, meta)),
                 (produce, (q, k, v, panel, coming, lists, sizes, counter, meta)),
             ],
             [4, 1],
@@ -780,18 +774,9 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (
-                    consume,
-                    (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 0, meta),
-                ),
-                (
-                    consume,
-                    (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 1, meta),
-                ),
-                (
-                    consume,
-                    (q, k, v, panel, coming, turns, lists, sizes, tensors, o_desc, o_room, lse, programs, 2, meta),
-                ),
+                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, out, programs, 0, meta)),
+                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, out, programs, 1, meta)),
+                (consume, (q, k, v, panel, coming, turns, lists, sizes, tensors, out, programs, 2, meta)),
                 (produce, (q, k, v, panel, coming, lists, sizes, counter, meta)),
             ],
             [4, 4, 1],

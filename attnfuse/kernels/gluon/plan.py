@@ -124,7 +124,7 @@ def _made(
     grid = min(items, _processors(device)) if source.meta.persistent else items
     out = (batch, heads, rows, value_width), (rows * heads * value_width, value_width, heads * value_width, 1)
     shapes = ((q_shape, q_strides), (k_shape, k_strides), (v_shape, v_strides), out)
-    listing = _listing(spec, facts, symbols, source.meta, programs)
+    listing = listing_of(spec, facts, symbols, source.meta, programs)
     band = programs.band.left or 0, programs.band.right or 0
     sizes = (heads, group, kv_batch, rows, keys, *band, row_tiles, pairs, together, *_places(listing))
     # programs and meta are compiled in
@@ -150,7 +150,7 @@ def _together(pairs: int, pair_bytes: float, row_tiles: int, processors: int) ->
     return max(1, min(pairs, processors // 4, max(busy, int(CACHED // pair_bytes))))
 
 
-def _listing(
+def listing_of(
     spec: AttentionSpec, facts: Facts, symbols: tuple[int, ...], meta: Meta, programs: Programs
 ) -> Listing | None:
     """What lists the tiles of the mask, in the body's tiles."""

@@ -107,3 +107,38 @@ def test_operands_that_tma_cannot_load_are_copied(launched: list[tuple[Source, d
         assert descriptor.strides == descriptor.base.stride()
         assert descriptor.strides[-1] == 1
         assert all(stride > 0 and stride % 8 == 0 for stride in descriptor.strides[:-1])
+
+
+def test_groups_fit_the_cache_and_end_busy() -> None:
+    pairs = 128
+    # 12 pairs of 2 MB fit; the last group has two items a processor
+    assert plan._together(pairs, 2 << 20, 32, 132) == 12
+    assert plan._together(pairs, 16 << 20, 32, 132) == 9
+    # all of memory is not asked for at once
+    assert plan._together(pairs, 1 << 18, 4, 132) == 33
+    assert plan._together(2, 1 << 18, 4, 132) == 2
+
+
+def test_a_mask_is_listed_before_each_launch(
+    launched: list[tuple[Source, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[int] = []
+
+    def launcher(listing: Any, device: object) -> Any:
+        def lists(captures: Any) -> torch.Tensor:
+            listed.append(len(captures))
+            return torch.zeros(listing.batch, listing.heads, listing.row_tiles, listing.length, dtype=torch.int32)
+
+        return lists
+
+    monkeypatch.setattr(plan.Listing, "launcher", launcher)
+    given = case(SPECS["documents"], replace(SIZES["odd"], heads=2, kv_heads=2, rows=300, keys=1030), torch.bfloat16)
+    run(given)
+    run(given)
+    assert listed == [2, 2]
+    _, call = launched[-1]
+    assert call["lists"].shape == (2, 1, 3, 1030 // 128 + 3)
+    assert (call["list_batch"], call["list_head"], call["list_length"]) == (3, 0, 1030 // 128 + 3)
+    # what depends on sizes alone is listed once
+    run(case(SPECS["prefix"], replace(SIZES["odd"], rows=300, keys=1030), torch.bfloat16))
+    assert listed == [2, 2, 0]
