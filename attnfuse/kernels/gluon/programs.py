@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import reduce
 
-from attnfuse.form import ABSORBING, Form, features, form_of
+from attnfuse.features import features
+from attnfuse.form import ABSORBING, Form, form_of
 from attnfuse.kernels.rows import Band, band_of, is_edge, rows_kept
 from attnfuse.kernels.triton import logit_of
 from attnfuse.score import Const, Expr, apply, walk

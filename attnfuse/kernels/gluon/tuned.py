@@ -62,11 +62,12 @@ def tuned(
 
 def choices(width: int, value_width: int) -> tuple[Meta, ...]:
     """Everything that :func:`tuned` may answer for heads of these widths."""
-    facts = product((0, _SHORT, _LONG, _LONG_CAUSAL), *[(False, True)] * 4)
+    lengths = (0, _SHORT, _LONG, _LONG_CAUSAL)
+    facts = product((False, True), repeat=4)
     return tuple(
         dict.fromkeys(
             tuned(width, value_width, keys, left=left, right=right, program=program, panel=panel)
-            for keys, left, right, program, panel in facts
+            for keys, (left, right, program, panel) in product(lengths, facts)
         )
     )
 

@@ -59,8 +59,11 @@ def logit_of(spec: AttentionSpec, *, rows_kept: bool = False) -> Logit:
     if _may_be_huge(spec):
         return Logit(1.0, masked, core, bare, huge=True)
     # a mask is outermost and its fill no factor, so the program without its mask scales alike, if it is spelt alike
-    factors, scaled = zip(*(_factored(each, spec.captures) for each in (masked, core, bare)), strict=True)
-    return Logit(factors[0], *scaled, False) if len(set(factors)) == 1 else Logit(1.0, masked, core, bare, False)
+    by_factor = [_factored(each, spec.captures) for each in (masked, core, bare)]
+    if len({factor for factor, _ in by_factor}) > 1:
+        return Logit(1.0, masked, core, bare, huge=False)
+    (factor, masked), (_, core), (_, bare) = by_factor
+    return Logit(factor, masked, core, bare, huge=False)
 
 
 def _inside(spec: AttentionSpec) -> Expr:
