@@ -4,9 +4,11 @@ A consumer works on its rows in one of two ways. *Overlapped*: the product of th
 that of the last tile's output, and the softmax of one tile runs beside the output of another (FlashAttention-3,
 https://arxiv.org/abs/2407.08608). *In turn*: scores, softmax, output; with fewer registers there are more consumers,
 and one multiplies while another takes exponents. Key tiles are walked from the last to the first, and those that the
-band cuts or that the keys end in are masked.
+band cuts or that the keys end in are masked. Where the mask is no band, the tiles that it keeps come from lists
+(:mod:`attnfuse.kernels.triton.tiles`), which say of each whether the mask cuts it; in others it is not read.
 
-Barriers are named for what they protect: ``*_full`` says that a tile has landed, ``*_empty`` that its room is free.
+Barriers are named for what they protect: ``*_full`` says that a tile has landed, ``*_empty`` that its room is free;
+``turns`` are whose turn it is to start products.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ class Meta:
     query's room. A ``persistent`` grid is one block a multiprocessor, and takes its work in order or, ``dynamic``,
     from a counter; ``longest_first`` orders it for a causal mask, ``short_last`` for rows that do not fill their last
     tile. ``queries`` tiles of query rows are in shared memory for each consumer. A consumer takes part in its ``own``
-    rows' tiles alone, not in all that the block's rows reach.
+    rows' tiles alone, not in all that the block's rows reach. ``partial_sums`` adds up a row's weights in each of its
+    threads and only at the end together; ``turns`` makes consumers start their products one after the other.
     """
 
     head_block: int

@@ -86,6 +86,8 @@ def sourced(
     chosen = meta or measured(spec, dtype, q_shape, k_shape, v_shape)
     chosen = chosen or tuned(q_shape[3], v_shape[3], keys, **facts_of)
     known = {"left": left, "right": right, "ragged": keys % chosen.block_n > 0, "lse": with_lse, "listed": listed}
+    # lists differ in length
+    known["dynamic"] = chosen.dynamic or (listed and chosen.persistent)
     write = partial(function_text, captures=spec.captures, fast=True, wide=_is_wide(captured))
     source = Source(
         chosen.having(**known, **_panel(spec, reads), huge=programs.huge),

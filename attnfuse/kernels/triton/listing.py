@@ -16,7 +16,7 @@ from attnfuse.kernels.triton.text import function_text, kind_of
 from attnfuse.score import Capture, Const, Expr, Index, Symbol, walk
 from attnfuse.spec import Captured
 
-__all__ = ["Listing"]
+__all__ = ["Listing", "Mask"]
 
 #: Key tiles that one program looks at: by their ranges together, score by score one after the other.
 RANGED, EVALUATED = 16, 4
@@ -180,7 +180,7 @@ class Listing:
 
         shape = (2, self.batch, self.heads, self.row_tiles, self.length)
         count = self.batch * self.heads * self.row_tiles
-        grid = (-(-(self.length - 2) // self.mask.part), self.row_tiles, self.batch * self.heads)
+        grid = (self.batch * self.heads, self.row_tiles, -(-(self.length - 2) // self.mask.part))
         sizes = (self.rows, self.keys, *self.band, self.length)
         compiled: Any = None
 

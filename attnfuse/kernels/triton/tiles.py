@@ -135,9 +135,9 @@ def list_tiles(lists, kinds, arrivals, scope, heads, sizes, MASK: tl.constexpr):
     """``lists [pairs, row tiles, length]`` of a mask; ``kinds`` is room of its size, ``arrivals`` a zero for each list.
 
     ``scope`` is what programs read, ``(captures, strides, symbols)``; ``sizes`` are ``(rows, keys, left, right,
-    length)``; a pair is a batch and one of ``heads``. The grid is ``(parts, row tiles, pairs)``.
+    length)``; a pair is a batch and one of ``heads``. The grid is ``(pairs, row tiles, parts)``.
     """
-    part, row_tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pair, row_tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     tiles = tl.cdiv(sizes[1], MASK.width)
     start, stop = 0, tiles
@@ -161,6 +161,6 @@ def list_tiles(lists, kinds, arrivals, scope, heads, sizes, MASK: tl.constexpr):
             tl.store(mine + tile, kind)
     # all have stored when one thread arrives: who arrives last reads what every program has found
     tl.debug_barrier()
-    if tl.atomic_add(arrivals + which, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+    if tl.atomic_add(arrivals + which, 1, sem="acq_rel") == tl.num_programs(2) - 1:
         tl.store(arrivals + which, 0)
         write_list(target, row_tile, mine, start, stop, batch, head, scope, sizes, MASK)

@@ -62,14 +62,14 @@ def waits(ptx: str) -> list[str]:
 def test_registers_suffice(name: str) -> None:
     _, report = compiled(Source(BODIES[name], "bf16"))
     spilled = re.search(r"(\d+) bytes spill stores", report)
-    # the three consumers of 128 wide heads keep two descriptors of an item in memory
+    # the three consumers of 128 wide heads keep a few numbers of an item in memory: 16 bytes by Triton 3.6, 32 by 3.7
     assert spilled is not None
-    assert int(spilled.group(1)) <= (16 if meta_is_full(BODIES[name]) else 0)
+    assert int(spilled.group(1)) <= (32 if _is_full(BODIES[name]) else 0)
     assert "serialized" not in report
     assert "setmaxnreg" not in report
 
 
-def meta_is_full(meta: Meta) -> bool:
+def _is_full(meta: Meta) -> bool:
     """Whether consumers have no register to spare."""
     return meta.consumers == 3 and meta.head_block == 128
 
