@@ -51,7 +51,8 @@ def test_functions_are_short(path: Path) -> None:
 
 def _is_kernel(function: ast.FunctionDef) -> bool:
     """The body of a kernel is one program, however long."""
-    return any(ast.unparse(decorator).endswith(".jit") for decorator in function.decorator_list)
+    named = (each.func if isinstance(each, ast.Call) else each for each in function.decorator_list)
+    return any(ast.unparse(decorator).endswith(".jit") for decorator in named)
 
 
 def _body_lines(function: ast.FunctionDef) -> int:
