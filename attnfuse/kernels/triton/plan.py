@@ -25,8 +25,7 @@ class Plan:
     keys outside of it too, where no logit is above ``floor``. ``even`` says that tiles divide the keys. ``wide``
     are 64-bit offsets within a tile. Weights are multiplied by ``key_factor_program`` in the tile and by
     ``row_factor_program`` when a row is done; query is multiplied with key as ``scores``, weights with value as
-    ``weights``, names of types. Weights in the loop are at most ``2 ** headroom``, and
-    a tile's products are summed ``apart``.
+    ``weights``, names of types. Weights in the loop are at most ``2 ** headroom``.
     """
 
     schedule: Schedule
@@ -60,7 +59,6 @@ class Plan:
     scores: str
     weights: str
     headroom: float
-    apart: bool
 
     @property
     def rows(self) -> int:
@@ -136,6 +134,11 @@ class Plan:
     def row_factor(self) -> Any:
         """What rows of the result are multiplied by, or None."""
         return self._function(self.row_factor_program)
+
+    @property
+    def apart(self) -> bool:
+        """Whether a tile's products are summed apart: NVIDIA's units sum float8 with few bits."""
+        return self.headroom > 0.0 and self.fast
 
     @property
     def sink_weight(self) -> float:

@@ -107,7 +107,6 @@ def plan_of(
         scores=_NAMES[scores],
         weights=_NAMES[weights],
         headroom=HEADROOM.get(weights, 0.0),
-        apart=weights in HEADROOM and target.kind == "cuda",
     )
 
 
