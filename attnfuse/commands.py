@@ -81,9 +81,7 @@ def rewrite(
     custom_op: Annotated[
         bool, typer.Option("--custom-op", help="Keep attnfuse::attention, which needs attnfuse.")
     ] = False,
-    fp8_attention: Annotated[
-        bool, typer.Option("--fp8-attention", help="Round operands to float8 where that is faster; with --custom-op.")
-    ] = False,
+    fp8_attention: Annotated[bool, typer.Option("--fp8-attention", help="Round to float8 where faster.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not run IN and OUT against each other.")] = False,
     report_path: Annotated[Path | None, typer.Option("--report", metavar="F", help="Also write a JSON report.")] = None,
     print_after: Annotated[str | None, typer.Option(metavar="STAGE", help="Print the graph after this stage.")] = None,
@@ -112,7 +110,8 @@ def rewrite(
             fp8_attention=fp8_attention,
         )
     with stage("verifying"):
-        reason = _why_unverified(aim, custom_op=custom_op, no_verify=no_verify, fp8=fp8_attention)
+        rounded = fp8_attention and any("float8 weights" in site.what for site in report.fused)
+        reason = _why_unverified(aim, custom_op=custom_op, no_verify=no_verify, rounded=rounded)
         resample = numerics == "faithful"
         certificate = Certificate(skipped=reason) if reason else pt2.check(program, result, resample=resample)
     document = _document(report, certificate)
@@ -264,11 +263,11 @@ def _target_of(source: str | None) -> Target | None:
     return None if source is None else Target.parse(source)
 
 
-def _why_unverified(target: Target | None, *, custom_op: bool, no_verify: bool, fp8: bool) -> str:
+def _why_unverified(target: Target | None, *, custom_op: bool, no_verify: bool, rounded: bool) -> str:
     if no_verify:
         return "--no-verify was given"
-    if fp8:
-        return "--fp8-attention was given; how exact each site is says the report"
+    if rounded:
+        return "--fp8-attention rounded operands; the report says how exact each site is"
     if custom_op and target is not None and target.kind not in ("cpu", Target.current().kind):
         return f"kernels for {target} cannot run on this machine"
     return ""

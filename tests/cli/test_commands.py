@@ -75,7 +75,9 @@ def test_rewrite_again_is_harmless(command: Command, archive: Path, out: Path, t
     assert command("rewrite", out, "-o", tmp_path / "twice.pt2").code == 0
 
 
-@pytest.mark.parametrize("options", ["--custom-op", "--numerics fast", "--kernel sdpa", "--certify off"])
+@pytest.mark.parametrize(
+    "options", ["--custom-op", "--numerics fast", "--kernel sdpa", "--certify off", "--fp8-attention --custom-op"]
+)
 def test_options(options: tuple[str, ...], command: Command, archive: Path, out: Path) -> None:
     ended = command("rewrite", archive, "-o", out, *options.split())
     assert ended.code == 0, ended
