@@ -44,7 +44,7 @@ class Rates:
     #: Each score: softmax with the conversions around it, in our blocks and in Inductor's loops.
     softmax: float = 1.0
     softmax_plain: float = 1.0
-    softmax_unfused: float = 1.5
+    softmax_unfused: float = 1.2
     tanh: float = 2.5
     #: Each score of a block that is cut from a mask's band: smaller products, more copies.
     band: float = 0.6
@@ -103,9 +103,9 @@ FLEX_STEP, FLEX_TRANSCENDENTAL = 0.15, 1.0
 FLEX_CALL, FLEX_MARGIN = 300e3, 1.05
 #: Rows of flex_attention's blocks.
 BLOCK_OF_FLEX = 128
-#: What blocks are estimated to save must exceed a tenth while scores stay in the cache: estimates err by as much, and
+#: What a kernel is estimated to save must exceed a tenth while scores stay in the cache: estimates err by as much, and
 #: memory is not at stake there.
-BLOCKED_MARGIN = 1.1
+IN_CACHE_MARGIN = 1.1
 #: Bytes of a last-level cache.
 CACHE = 32 << 20
 _TRANSCENDENTAL = {"tanh", "exp", "log", "sigmoid", "erf", "pow", "sin", "cos"}
@@ -124,7 +124,7 @@ def blocked(problem: Problem) -> float:
     each += SINK if problem.spec.sink is not None else 0.0
     calls = BLOCK * math.ceil(scores / (SCORES_IN_BLOCK * threads)) + CALL
     forward = scores * each / threads + calls + _kv_bytes(problem) * BYTE / threads
-    forward *= 1.0 if _spills(problem) else BLOCKED_MARGIN
+    forward *= 1.0 if _spills(problem) else IN_CACHE_MARGIN
     if not problem.training:
         return forward * 1e-9
     again = TANH_AGAIN * problem.count("tanh") + rates.bias_gradient * any(x.requires_grad for x in problem.captures)
@@ -142,7 +142,9 @@ def direct(problem: Problem) -> float:
 
 def sdpa(problem: Problem, *, called: bool) -> float:
     """Seconds of :mod:`attnfuse.kernels.cpu.sdpa`, ``called`` through our op or standing in the graph."""
-    return _flash(problem) + called * OP * 1e-9
+    # without a tensor to mask by, Inductor calls the same
+    margin = IN_CACHE_MARGIN if problem.captured_bytes and not _spills(problem) else 1.0
+    return margin * _flash(problem) + called * OP * 1e-9
 
 
 def flex(problem: Problem) -> float:
@@ -166,7 +168,7 @@ def _flash(problem: Problem) -> float:
     rates, threads = _rates(problem), torch.get_num_threads()
     band = band_of(problem.spec, problem.symbols)
     masked = not band.open or bool(problem.captured_bytes)
-    each = _contraction(problem, rates.flash) + problem.captured_bytes / max(problem.scores, 1) * BYTE * 2
+    each = _contraction(problem, rates.flash) + problem.captured_bytes / max(problem.scores, 1) * BYTE * 3
     each += 2.0 if masked and problem.query.dtype != torch.float32 and band.open else 0.0
     packed = rates.pack * problem.heads * math.ceil(problem.rows / 256) * problem.keys * _width(problem)
     scores = problem.scores * band.share(problem.rows, problem.keys, 512)

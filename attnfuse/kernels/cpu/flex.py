@@ -20,9 +20,9 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention  # torch.ops.higher_order has it once this ran
 
 from attnfuse.kernels import cost
+from attnfuse.kernels.cpu.batches import four_d
 from attnfuse.kernels.cpu.blockmask import block_mask
 from attnfuse.kernels.cpu.element import Modification
-from attnfuse.kernels.cpu.sdpa import four_d
 from attnfuse.kernels.cpu.split import never_empty, split
 from attnfuse.kernels.cpu.stored import stored
 from attnfuse.kernels.kernel import Kernel

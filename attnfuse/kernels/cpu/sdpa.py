@@ -21,6 +21,7 @@ from torch import Tensor
 from attnfuse.errors import BadProgram
 from attnfuse.form import ABSORBING, Form, form_of
 from attnfuse.kernels import cost
+from attnfuse.kernels.cpu.batches import for_flash, four_d, summed
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.prices import factor
 from attnfuse.kernels.problem import Problem
@@ -31,7 +32,7 @@ from attnfuse.score import Const, Expr, P, apply, text
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
-__all__ = ["Sdpa", "four_d", "is_causal", "scale_of", "summed"]
+__all__ = ["Sdpa", "is_causal", "scale_of"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TOP_LEFT = Band(left=None, right=0)
@@ -61,9 +62,9 @@ class Sdpa(Kernel):
         return cost.sdpa(problem, called=not self.inlines(problem)) * factor(self.name, problem, target)
 
     def inlines(self, problem: Problem) -> bool:
-        """Where ATen's gradient is right: compilers know the call, and lay out what is around it."""
+        """Where the call is all there is to it: compilers know it, and lay out what is around it."""
         known = problem.compiled and not problem.dynamic and not problem.autocast
-        return known and not (problem.training and _mask_of(problem.spec))
+        return known and not _mask_of(problem.spec)
 
     def run(
         self,
@@ -75,28 +76,24 @@ class Sdpa(Kernel):
         symbols: Sequence[int],
     ) -> Tensor:
         """``out``, laid out as ``[*B, M, H, Dv]``."""
-        if 0 in (*query.shape, *key.shape, *value.shape):
-            return attention(spec, query, key, value, captures, symbols)[0]
-        form = _form(spec)
-        causal = is_causal(spec)
-        mask = None if causal else _mask(form, query, key, captures, symbols)
-        batch = query.shape[:-3]
-        out = F.scaled_dot_product_attention(
-            four_d(query, batch),
-            four_d(key, batch),
-            four_d(value, batch),
-            attn_mask=None if mask is None else four_d(mask, batch),
-            is_causal=causal,
-            scale=scale_of(spec),
-            enable_gqa=query.shape[-3] != key.shape[-3],
-        )
-        out = out.view(*batch, *out.shape[-3:])
-        if mask is None:
-            return out if _has_many(key) else torch.where(_nan_rows(query, key).unsqueeze(-1), float("nan"), out)
-        if spec.empty_rows == "zero" or rows_kept(spec, query.shape[-2], key.shape[-2], symbols):
+        out, mask = _called(spec, query, key, value, captures, symbols)
+        # a row that keeps nothing does not keep the first key, and one key is looked at sooner than all
+        if mask is None or not bool(mask[..., 0].isneginf().any()):
             return out
-        dead = mask.amax(dim=-1, keepdim=True) == float("-inf")
-        return torch.where(dead, float("nan"), out)
+        return _emptied(out, mask)
+
+    def expand(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+    ) -> Tensor:
+        """The same, every key looked at."""
+        out, mask = _called(spec, query, key, value, captures, symbols)
+        return out if mask is None else _emptied(out, mask)
 
     def run_with_lse(
         self,
@@ -139,13 +136,48 @@ class Sdpa(Kernel):
             out, lse = _flash(spec, query, key, value)
         else:
             out, lse = four_d(residual.out, batch), residual.lse.reshape(-1, *residual.lse.shape[-2:])
-        operands = [_for_flash(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
+        operands = [for_flash(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
         grads = _flash_backward(
-            _for_flash(grad_out, batch), *operands, out, lse, 0.0, is_causal(spec), scale=scale_of(spec)
+            for_flash(grad_out, batch), *operands, out, lse, 0.0, is_causal(spec), scale=scale_of(spec)
         )
         wanted = zip(grads, (query, key, value), needs[:3], strict=True)
         found = [summed(grad, x, batch) if need else None for grad, x, need in wanted]
         return (*found, *(None for _ in captures))
+
+
+def _called(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captures: Sequence[Tensor],
+    symbols: Sequence[int],
+) -> tuple[Tensor, Tensor | None]:
+    """What SDPA makes of the operands, and the mask of which it may have emptied rows."""
+    if 0 in (*query.shape, *key.shape, *value.shape):
+        return attention(spec, query, key, value, captures, symbols)[0], None
+    causal = is_causal(spec)
+    mask = None if causal else _mask(_form(spec), query, key, captures, symbols)
+    batch = query.shape[:-3]
+    out = F.scaled_dot_product_attention(
+        four_d(query, batch),
+        four_d(key, batch),
+        four_d(value, batch),
+        attn_mask=None if mask is None else four_d(mask, batch),
+        is_causal=causal,
+        scale=scale_of(spec),
+        enable_gqa=query.shape[-3] != key.shape[-3],
+    )
+    out = out.view(*batch, *out.shape[-3:])
+    if mask is None and not _has_many(key):
+        return torch.where(_nan_rows(query, key).unsqueeze(-1), float("nan"), out), None
+    kept = spec.empty_rows == "zero" or rows_kept(spec, query.shape[-2], key.shape[-2], symbols)
+    return out, None if kept else mask
+
+
+def _emptied(out: Tensor, mask: Tensor) -> Tensor:
+    """``out`` with NaN in the rows that a mask leaves nothing of."""
+    return torch.where(mask.amax(dim=-1, keepdim=True).isneginf(), float("nan"), out)
 
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -155,7 +187,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def _flash(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """ATen's own ``out [B, H, M, D]`` and ``lse [B, H, M]``, which SDPA keeps to itself."""
     batch, heads = query.shape[:-3], query.shape[-3]
-    operands = [_for_flash(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
+    operands = [for_flash(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
     out, lse = _flash_forward(*operands, 0.0, is_causal(spec), scale=scale_of(spec))
     return out, lse
 
@@ -257,24 +289,3 @@ def _nan_rows(query: Tensor, key: Tensor) -> Tensor:
     first = repeat_heads(key[..., :1, :], query.shape[-3])
     wide = torch.promote_types(query.dtype, torch.float32)  # a half type may overflow where the product does not
     return (query.to(wide) * first.to(wide)).sum(-1).isnan()
-
-
-def four_d(tensor: Tensor, batch: Sequence[int]) -> Tensor:
-    """``[*B, H, M, D]`` with exactly one batch dimension."""
-    if tensor.shape[:-3] != tuple(batch):
-        tensor = tensor.expand(*batch, *tensor.shape[-3:])
-    return tensor if len(batch) == 1 else tensor.reshape(-1, *tensor.shape[-3:])
-
-
-def _for_flash(tensor: Tensor, batch: Sequence[int]) -> Tensor:
-    """As :func:`four_d`, the last dimension contiguous, which ATen's kernel takes for granted when called directly."""
-    found = four_d(tensor, batch)
-    return found if found.stride(-1) == 1 else found.contiguous()
-
-
-def summed(grad: Tensor, operand: Tensor, batch: Sequence[int]) -> Tensor:
-    """The gradient of repeated heads and expanded batches, in the operand's shape."""
-    heads = operand.shape[-3]
-    grad = grad.view(*batch, *grad.shape[-3:])
-    grad = grad if grad.shape[-3] == heads else grad.unflatten(-3, (heads, -1)).sum(-3)
-    return grad.sum_to_size(operand.shape)

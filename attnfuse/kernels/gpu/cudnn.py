@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from attnfuse.form import form_of
-from attnfuse.kernels.cpu.sdpa import Sdpa, four_d, is_causal, scale_of, summed
+from attnfuse.kernels.cpu.batches import four_d, summed
+from attnfuse.kernels.cpu.sdpa import Sdpa, is_causal, scale_of
 from attnfuse.kernels.gpu import cost
 from attnfuse.kernels.kernel import Residual
 from attnfuse.kernels.problem import Problem
