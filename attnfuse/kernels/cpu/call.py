@@ -71,12 +71,9 @@ class Call:
         """Whether a step changes no score but those that it masks, by a constant that the half type holds."""
         match step:
             case Step("where", 1 | 2, (_, Const(fill))):
-                return self._holds(fill)
+                return _holds(self.query.dtype, fill)
         added = fill_of(step)
-        return added is not None and self._holds(added)
-
-    def _holds(self, constant: float) -> bool:
-        return float(torch.tensor(constant, dtype=self.query.dtype)) == constant
+        return added is not None and _holds(self.query.dtype, added)
 
     @property
     def _sink_is_half(self) -> bool:
@@ -188,6 +185,12 @@ class Call:
         """A factor of a matrix product. Those of float16 take 20 times as long as those of float32 on most CPUs."""
         wide = tensor.dtype == torch.float16 or self._wide
         return tensor.to(self.dtype) if wide else tensor
+
+
+@lru_cache(maxsize=1024)
+def _holds(dtype: torch.dtype, constant: float) -> bool:
+    """Whether a type has a number exactly."""
+    return float(torch.tensor(constant, dtype=dtype)) == constant
 
 
 def _cut(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
