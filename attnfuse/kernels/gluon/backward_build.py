@@ -12,7 +12,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from attnfuse.kernels.gluon.backward import WARPS, attention_backward
 from attnfuse.kernels.gluon.backward_meta import BackwardMeta
-from attnfuse.kernels.gluon.build import HOPPER, _descriptor, _function
+from attnfuse.kernels.gluon.build import HOPPER, descriptor, function
 
 __all__ = ["BackwardSource", "build_backward"]
 
@@ -52,7 +52,7 @@ def build_backward(source: BackwardSource) -> Any:
     ones = [place for place, kind in enumerate(source.strides) if kind == "constexpr"]
     absent = [("panel_desc", meta.panel), ("norm_desc", meta.uncertain), ("strange", meta.uncertain)]
     programs = BackwardPrograms(
-        _function(source.score), _function(source.pulled), source.reads, tuple(map(_function, source.loaders))
+        function(source.score), function(source.pulled), source.reads, tuple(map(function, source.loaders))
     )
     constants: dict[str | tuple[int, ...], Any] = {
         "meta": meta,
@@ -69,17 +69,17 @@ def _signature(source: BackwardSource) -> dict[str, Any]:
     panels = [kind for kind, read in zip(source.captures, source.reads, strict=True) if read == "panel"]
     vector = _numbers([meta.block_m])
     return {
-        "q_desc": _descriptor(source.dtype, meta.block_m, meta.head_block),
-        "k_desc": _descriptor(source.dtype, meta.block_n, meta.head_block),
-        "v_desc": _descriptor(source.dtype, meta.block_n, meta.value_block),
-        "grad_desc": _descriptor(source.dtype, meta.block_m, meta.value_block),
+        "q_desc": descriptor(source.dtype, meta.block_m, meta.head_block),
+        "k_desc": descriptor(source.dtype, meta.block_n, meta.head_block),
+        "v_desc": descriptor(source.dtype, meta.block_n, meta.value_block),
+        "grad_desc": descriptor(source.dtype, meta.block_m, meta.value_block),
         "top_desc": vector,
         "norm_desc": vector if meta.uncertain else "constexpr",
         "delta_desc": vector,
-        "panel_desc": _descriptor(panels[0], meta.block_m, meta.block_n) if panels else "constexpr",
+        "panel_desc": descriptor(panels[0], meta.block_m, meta.block_n) if panels else "constexpr",
         "dq_desc": _numbers([meta.block_m * meta.head_block // 256, 256]),
-        "dk_desc": _descriptor(source.dtype, meta.block_n, meta.head_block),
-        "dv_desc": _descriptor(source.dtype, meta.block_n, meta.value_block),
+        "dk_desc": descriptor(source.dtype, meta.block_n, meta.head_block),
+        "dv_desc": descriptor(source.dtype, meta.block_n, meta.value_block),
         "strange": "*i32" if meta.uncertain else "constexpr",
         "captures": tuple(f"*{kind}" for kind in source.captures),
         "strides": source.strides,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attnfuse.kernels.gluon.tuned import block_of
+
 __all__ = ["BackwardMeta", "backward_meta"]
 
 
@@ -41,11 +43,6 @@ class BackwardMeta:
         return 65536 // (128 * 3) // 8 * 8
 
 
-#: Widths of a tile; a head's is rounded up, and what is beyond it reads as zero.
-WIDTHS = (64, 128)
-
-
 def backward_meta(width: int, value_width: int) -> BackwardMeta:
     """The choices for heads of these widths, up to 128; measured on one H200 (NOTES.md says how)."""
-    head_block, value_block = (next(block for block in WIDTHS if size <= block) for size in (width, value_width))
-    return BackwardMeta(head_block, value_block)
+    return BackwardMeta(block_of(width), block_of(value_width))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnfuse.kernels.gluon.backward_build import BackwardSource, build_backward
 from attnfuse.kernels.gluon.backward_meta import BackwardMeta, backward_meta
-from attnfuse.kernels.gluon.plan import _NAMES
+from attnfuse.kernels.gluon.plan import TYPES
 from attnfuse.kernels.gluon.reads import given, reads_of
 from attnfuse.kernels.rows import masking_fill
 from attnfuse.kernels.schedule import Schedule
@@ -82,10 +82,10 @@ def backward_sourced(gradients: Gradients, meta: BackwardMeta | None = None) -> 
     steps = capture_strides(spec, memories)
     source = BackwardSource(
         _with_facts(chosen, spec, programs, reads),
-        _NAMES[gradients.query.dtype],
+        TYPES[gradients.query.dtype],
         write(given(score, spec.captures, symbols)),
         write(given(pulled, spec.captures, symbols)),
-        tuple(_NAMES[x.dtype] for x in memories),
+        tuple(TYPES[x.dtype] for x in memories),
         tuple("constexpr" if step == 1 else "i64" if step >= 2**31 else "i32" for step in steps),
         symbols,
         reads,

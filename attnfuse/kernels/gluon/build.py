@@ -16,7 +16,7 @@ from attnfuse.kernels.gluon.forward import ROWS, attention_forward
 from attnfuse.kernels.gluon.meta import Meta
 from attnfuse.kernels.triton.program import compiled
 
-__all__ = ["HOPPER", "Source", "build"]
+__all__ = ["HOPPER", "Source", "build", "descriptor", "function"]
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
@@ -74,12 +74,12 @@ def build(source: Source) -> Any:
         **({} if source.meta.panel else {"panel_desc": None}),
         **({} if source.meta.listed else {"lists": None}),
         "programs": Programs(
-            _function(source.score),
-            _function(source.bare),
-            _function(source.sink),
+            function(source.score),
+            function(source.bare),
+            function(source.sink),
             source.reads,
             source.bare_reads,
-            tuple(map(_function, source.loaders)),
+            tuple(map(function, source.loaders)),
         ),
         **{(strides, place): 1 for place in ones},
     }
@@ -88,7 +88,9 @@ def build(source: Source) -> Any:
 
 
 @cache
-def _function(text: str | None) -> Any:
+def function(text: str | None) -> Any:
+    """A program's text as a function that bodies call, made once; None has no function to call."""
+
     def named(*, name: str) -> str:
         assert text is not None
         return text.replace("def program(", f"def {name}(")
@@ -100,11 +102,11 @@ def _signature(source: Source) -> dict[str, Any]:
     meta, rows = source.meta, ROWS.value
     panels = [kind for kind, read in zip(source.captures, source.reads, strict=True) if read == "panel"]
     return {
-        "q_desc": _descriptor(source.dtype, rows, meta.head_block),
-        "k_desc": _descriptor(source.dtype, meta.block_n, meta.head_block),
-        "v_desc": _descriptor(source.dtype, meta.block_n, meta.value_block),
-        "o_desc": _descriptor(source.dtype, rows, meta.value_block),
-        "panel_desc": _descriptor(panels[0], rows, meta.block_n) if panels else "constexpr",
+        "q_desc": descriptor(source.dtype, rows, meta.head_block),
+        "k_desc": descriptor(source.dtype, meta.block_n, meta.head_block),
+        "v_desc": descriptor(source.dtype, meta.block_n, meta.value_block),
+        "o_desc": descriptor(source.dtype, rows, meta.value_block),
+        "panel_desc": descriptor(panels[0], rows, meta.block_n) if panels else "constexpr",
         "lse": "*fp32",
         "counter": "*i32",
         "lists": "*i32" if meta.listed else "constexpr",
@@ -117,7 +119,8 @@ def _signature(source: Source) -> dict[str, Any]:
     }
 
 
-def _descriptor(dtype: str, rows: int, width: int) -> str:
+def descriptor(dtype: str, rows: int, width: int) -> str:
+    """The type of a TMA descriptor of ``[1, 1, rows, width]`` tiles, as Gluon spells it."""
     block = [1, 1, rows, width]
     layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[dtype])
     return f"tensordesc<{dtype}{block},{layout!r}>"

@@ -20,7 +20,7 @@ from attnfuse.kernels.triton import Listing, Mask, function_text
 from attnfuse.score import Capture, S
 from attnfuse.spec import AttentionSpec, axes_of
 
-__all__ = ["Facts", "Plan", "planned"]
+__all__ = ["TYPES", "Facts", "Plan", "planned"]
 
 #: Bytes of keys and values that stay in the L2 cache while all their row tiles run (H200 has 60 MB, in two halves).
 CACHED = 24 << 20
@@ -28,7 +28,8 @@ CACHED = 24 << 20
 LAST_ITEMS = 2
 #: Keys from which on the tiles of a mask are listed: it takes a launch of its own.
 LISTED = 1024
-_NAMES = {
+#: What Triton calls the types of tensors.
+TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.bool: "i1",
     torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
@@ -91,11 +92,11 @@ def sourced(
     write = partial(function_text, captures=spec.captures, fast=True, wide=_is_wide(captured))
     source = Source(
         chosen.having(**known, **_panel(spec, reads), huge=programs.huge),
-        _NAMES[dtype],
+        TYPES[dtype],
         None if simple else write(given(programs.cut, spec.captures, len(symbols))),
         None if bare == S else write(given(bare, spec.captures, len(symbols))),
         None if programs.sink is None else write(programs.sink),
-        tuple(_NAMES[each] for each in dtypes),
+        tuple(TYPES[each] for each in dtypes),
         tuple(
             "constexpr" if stride == 1 else "i64" if stride >= 2**31 else "i32" for stride in _strides(spec, captured)
         ),

@@ -12,7 +12,7 @@ from attnfuse.kernels.measured import fastest_schedule
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
-__all__ = ["BLOCKS", "NAME", "choices", "measured", "tuned"]
+__all__ = ["BLOCKS", "NAME", "block_of", "choices", "measured", "tuned"]
 
 #: What the kernel is called.
 NAME = "gluon"
@@ -50,7 +50,7 @@ def tuned(
 
     ``program`` says that scores pass through one, which needs registers; ``panel`` that it reads one.
     """
-    blocks = _block(width), _block(value_width)
+    blocks = block_of(width), block_of(value_width)
     longest_first = right and not left
     meta = _with_program(blocks, panel) if program else _plain(blocks, keys, right=right, triangle=longest_first)
     if blocks == (256, 256):
@@ -100,5 +100,6 @@ def _plain(blocks: tuple[int, int], keys: int, *, right: bool, triangle: bool) -
     return _WITH_PROGRAM[blocks]
 
 
-def _block(width: int) -> int:
+def block_of(width: int) -> int:
+    """The width of the tile of heads of so many numbers."""
     return next(block for block in BLOCKS if width <= block)
