@@ -37,7 +37,7 @@ from benchmark.gpu import GpuRow, gpu_cases, measure_gpu, to_compile
 from benchmark.layouts import LAYOUT_DEVICES, as_rows, measure_layouts, write
 from benchmark.measure import Effort, Row, measure
 from benchmark.models import ModelRow
-from benchmark.table import as_json, as_table
+from benchmark.table import as_json, as_line, as_table
 from benchmark.targets import Target, growth, speed
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ def bench(
         sizes = tuple(map(_length, _words(lengths))) or ((QUICK_LENGTH,) if quick else ())
         names = _known("variant", only, [variant.name for variant in VARIANTS])
         todo = cases(names, sizes, _known("dtype", dtypes, DTYPES))
-        content, targets = _bench_rows(todo, QUICK if quick else Effort())
+        content, targets = _bench_rows(todo, QUICK if quick else Effort(), json)
     for target in targets:
         out.print(str(target), highlight=False)
     if json is not None:
@@ -136,8 +136,15 @@ def _length(word: str) -> int:
     return int(word)
 
 
-def _bench_rows(todo: Sequence[Case], effort: Effort) -> tuple[dict[str, Sequence[Any]], list[Target]]:
-    rows = [_in_fresh_process(measure, case, effort) for case in track(todo, "measuring", console=err)]
+def _bench_rows(
+    todo: Sequence[Case], effort: Effort, json: Path | None
+) -> tuple[dict[str, Sequence[Any]], list[Target]]:
+    rows: list[Row] = []
+    for case in track(todo, "measuring", console=err):
+        rows.append(_in_fresh_process(measure, case, effort))
+        err.print(as_line(rows[-1]), highlight=False)
+        if json is not None:  # all rows take most of an hour: what is interrupted keeps those it has
+            json.write_text(as_json({"rows": rows}, []))
     out.print(as_table(rows))
     _print_absent(rows)
     return {"rows": rows}, [*speed(rows), *growth(rows)]

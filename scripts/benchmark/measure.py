@@ -30,7 +30,7 @@ RIVALS = ("eager", "inductor")
 class Effort:
     """How long to measure: seconds for a row's timing in all, and the fewest and most rounds."""
 
-    seconds: float = 12.0
+    seconds: float = 8.0
     fewest: int = 5
     most: int = 25
     #: A shorter call is repeated until it fills this, for the clock and the scheduler are no finer.

@@ -17,7 +17,7 @@ from benchmark.measure import Figure, Row
 from benchmark.peers import OURS, PEERS
 from benchmark.targets import Target
 
-__all__ = ["as_json", "as_table", "machine"]
+__all__ = ["as_json", "as_line", "as_table", "machine"]
 
 
 def as_table(rows: Sequence[Row]) -> Table:
@@ -34,6 +34,12 @@ def as_table(rows: Sequence[Row]) -> Table:
         cells = (_cell(row.figures.get(peer)) for peer in PEERS)
         table.add_row(*case, *cells, "-" if math.isnan(row.ratio) else f"{row.ratio:.2f}", row.kernel)
     return table
+
+
+def as_line(row: Row) -> str:
+    """One row while the others are still being measured."""
+    times = ", ".join(f"{name} {figure.milliseconds:.4g}" for name, figure in row.figures.items())
+    return f"{row.case}: {times} ms; {row.kernel}, {row.ratio:.2f} of the best"
 
 
 def _cell(figure: Figure | None) -> str:
