@@ -47,9 +47,9 @@ class Single(ProxyTorchDispatchMode):
     """A proxy mode that traces as the one that it is made from, and can look at one operator without running it."""
 
     def __init__(self, mode: ProxyTorchDispatchMode) -> None:
-        super().__init__(
-            mode.tracer, mode.tracing_mode, mode.pre_dispatch, decomposition_table=mode.decomposition_table
-        )
+        # torch 2.11 keeps them elsewhere
+        decompositions = {name: getattr(mode, name) for name in ("decomposition_table",) if hasattr(mode, name)}
+        super().__init__(mode.tracer, mode.tracing_mode, mode.pre_dispatch, **decompositions)
         self._known: Any = None
         self._seen: _Operator | None = None
 

@@ -119,9 +119,12 @@ class Gluon(Kernel):
     ) -> tuple[Tensor | None, ...]:
         """Gradients in five products a tile; those of the kernel ``triton`` where :func:`declined` has a reason."""
         shapes = (query.shape, key.shape, value.shape)
-        if residual.lse is None or 0 in (*query.shape, *key.shape, *value.shape) or declined(spec, *shapes):
+        if 0 in (*query.shape, *key.shape, *value.shape) or declined(spec, *shapes):
             other = lookup(BACKWARD)
             return other.backward(spec, grad_out, query, key, value, captures, symbols, needs, residual)
+        if residual.lse is None:
+            out, lse = _forward(spec, query, key, value, captures, symbols, with_lse=True)
+            residual = Residual(out, lse, residual.grad_lse)
         from attnfuse.kernels.gluon.gradients import HopperGradients  # noqa: PLC0415 - see _forward
 
         return HopperGradients(spec, grad_out, query, key, value, captures, symbols, needs, residual).run()
