@@ -64,6 +64,13 @@ def test_as_exact_as_the_written_out_program(name: str, sizes: str, kernel: str)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["causal", "sigmoid", "sink"])
+@pytest.mark.parametrize("shape", [{"rows": 0}, {"keys": 0}])
+def test_no_rows_and_no_keys(shape: dict[str, int], name: str, kernel: str) -> None:
+    check(case(SPECS[name], replace(SIZES["grouped heads"], **shape), torch.float32), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", ["plain", "causal", "sink"])
 def test_any_strides(name: str, kernel: str) -> None:
     given = case(SPECS[name], SIZES["grouped heads"], torch.float32)

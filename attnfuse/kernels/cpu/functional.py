@@ -29,8 +29,8 @@ def attend(call: Call, block: Block) -> Tensor:
         logit = torch.cat([logit, sink.expand(*block.shape[:-1], 1)], dim=-1)
     weight = normalised(spec, logit)[..., :keys]
     value = call.keys_of(block, call.value)
-    used = weighed(call, block, weight).to(value.dtype).reshape(block.lead, -1, keys)
-    return torch.bmm(used, value).view(*block.shape[:-1], -1).to(out_dtype(spec, call.value.dtype))
+    used = weighed(call, block, weight).to(value.dtype).reshape(block.lead, query.shape[-2], keys)
+    return torch.bmm(used, value).view(*block.shape[:-1], value.shape[-1]).to(out_dtype(spec, call.value.dtype))
 
 
 def attend_whole(call: Call) -> Tensor:
