@@ -23,6 +23,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -163,10 +164,14 @@ def walk(expr: Expr) -> Iterator[Expr]:
             yield from walk(arg)
 
 
-def rewrite(expr: Expr, rule: Callable[[Expr], Expr]) -> Expr:
-    """``expr`` with ``rule`` applied to every part once, innermost first."""
+def rewrite(expr: Expr, rule: Callable[[Expr], Expr], settled: AbstractSet[Expr] = frozenset()) -> Expr:
+    """``expr`` with ``rule`` applied to every part once, innermost first, but for what is ``settled``."""
+    if expr in settled:
+        return expr
     if isinstance(expr, Apply):
-        expr = Apply(expr.op, tuple(rewrite(arg, rule) for arg in expr.args))
+        args = tuple(rewrite(arg, rule, settled) for arg in expr.args)
+        if any(new is not old for new, old in zip(args, expr.args, strict=True)):
+            expr = Apply(expr.op, args)
     return rule(expr)
 
 

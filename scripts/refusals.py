@@ -28,6 +28,8 @@ JUST: dict[str, str] = {
         " the attention is a graph of its own, which returns what nobody takes; without the break it fuses"
     ),
     "the attention weights are also used by pad": "the weights are wanted, for relative positions of the values",
+    "the attention weights are also used by zeros_like": "a recurrence over chunks (gated delta rule), no attention",
+    "the attention weights are also used by matmul": "the same",
     "the attention scores are also used by transpose": "the scores are wanted, by a second softmax over the other side",
     "the attention scores are also used by masked_fill_": "the same",
     "what is done with the scores needs all of them": "the logits hold a reduction of the scores other than a shift",

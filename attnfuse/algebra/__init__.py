@@ -26,18 +26,23 @@ RULES: tuple[Rule, ...] = (*NUMBER_RULES, *MASK_RULES)
 _PATIENCE = 64
 
 
-def normalise(expr: Expr, kinds: Kinds, also: tuple[Rule, ...] = ()) -> Expr:
+def normalise(expr: Expr, kinds: Kinds, also: tuple[Rule, ...] = (), settled: set[Expr] | None = None) -> Expr:
     """The normal form of a program whose captures have the given kinds.
 
-    ``also`` are further rules: :data:`WEIGHT_RULES` where the program's value is a weight, not a logit.
+    ``also`` are further rules: :data:`WEIGHT_RULES` where the program's value is a weight, not a logit. ``settled``
+    are programs that no rule changes, of the same captures; it is added to. A rule sees nothing of what is around the
+    part that it rewrites, so that a program which grows step by step is rewritten in its new parts alone.
     """
-    rules = (*RULES, *also)
+    rules, known = (*RULES, *also), set() if settled is None else settled
     for _ in range(_PATIENCE):
-        after = rewrite(expr, lambda part: _first(part, kinds, rules))
+        after = rewrite(expr, lambda part: _first(part, kinds, rules), known)
         if after == expr:
             break
         expr = after
-    return rewrite(expr, named_softcap)
+    named = rewrite(expr, named_softcap, known)
+    if named == expr:
+        known.add(expr)
+    return named
 
 
 def _first(expr: Expr, kinds: Kinds, rules: tuple[Rule, ...]) -> Expr:

@@ -229,18 +229,21 @@ def _final(reader: Reader, operand: Operand) -> Operand:
 
 def score_product(reader: Reader, logit: Expr, keys: tuple[Axis, ...], value_place: Place) -> Dot | None:
     """The product of queries and keys: of the contractions in the logit that have the key axis on one side
-    only, the one whose key side has the fewest axes that the values lack (a relative position has more), and of
-    such the first: sites that share two products then agree which of them is the other's bias.
+    only, one whose other side has rows of its own, if any (a gate of each key has none); of these the one whose key
+    side has the fewest axes that the values lack (a relative position has more), and of such the first: sites that
+    share two products then agree which of them is the other's bias.
     """
     shared = axes_at(reader, value_place)
-    candidates: list[tuple[int, int, Dot]] = []
+    candidates: list[tuple[bool, int, int, Dot]] = []
     for atom in _atoms(reader, logit):
         if isinstance(atom, Dot):
-            keyed = [p for p in (atom.left_place, atom.right_place) if _reads_key(reader, p, keys)]
+            sides = (atom.left_place, atom.right_place)
+            keyed = [place for place in sides if _reads_key(reader, place, keys)]
             if len(keyed) == 1:
-                lacking = len(axes_at(reader, keyed[0]) - shared)
-                candidates.append((lacking, reader.order.position[atom.node], atom))
-    return min(candidates, key=lambda c: c[:2])[2] if candidates else None
+                query, key = (axes_at(reader, place) for place in (sides[keyed[0] is sides[0]], keyed[0]))
+                rowless = query <= shared | set(reader.space.resolve(atom.axes))
+                candidates.append((rowless, len(key - shared), reader.order.position[atom.node], atom))
+    return min(candidates, key=lambda c: c[:3])[3] if candidates else None
 
 
 def axes_at(reader: Reader, place: Place) -> set[Axis]:

@@ -9,7 +9,6 @@ from typing import Any, TypeGuard
 
 from torch.fx import Node
 
-from attnfuse.algebra import normalise
 from attnfuse.axes import Index, Size, Unreadable
 from attnfuse.graph import facts
 from attnfuse.passes.lift.atoms import Atom, Place, Reduced, Softmax
@@ -57,7 +56,7 @@ def _with_zero_rows(reader: Reader, weight: Expr) -> Expr:
 
 def _where(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     """``where(any(x != -inf), softmax(x), 0)``, as export spells the safe softmax."""
-    expr = normalise(POINTWISE["where"](reader, node, args, place), reader.kind_of)
+    expr = reader.normal(POINTWISE["where"](reader, node, args, place))
     match expr:
         case Apply("where", (Capture(some), Capture(slot) as weight, Const(0.0))):
             softmax, found = reader.atoms[slot], reader.atoms[some]
@@ -126,7 +125,7 @@ def _is_row(atom: Atom, reader: Reader, kind: str, dim: int, row: Place) -> Type
 
 
 def _same(reader: Reader, a: Expr, b: Expr) -> bool:
-    return normalise(a, reader.kind_of) == normalise(b, reader.kind_of)
+    return reader.normal(a) == reader.normal(b)
 
 
 # --- written out ------------------------------------------------------------------------------------
@@ -166,12 +165,12 @@ def _logit_in(reader: Reader, total: Reduced, key: Index) -> Expr:
 
 
 def _div(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
-    quotient = normalise(POINTWISE["div"](reader, node, args, place), reader.kind_of)
+    quotient = reader.normal(POINTWISE["div"](reader, node, args, place))
     return _as_softmax(reader, quotient, node, place)
 
 
 def _mul(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
-    product = normalise(POINTWISE["mul"](reader, node, args, place), reader.kind_of)
+    product = reader.normal(POINTWISE["mul"](reader, node, args, place))
     return _as_softmax(reader, product, node, place)
 
 
@@ -188,7 +187,7 @@ def _as_softmax(reader: Reader, expr: Expr, node: Node, place: Place) -> Expr:
 
 def _exp(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     """``exp(x - logsumexp(x))``, and ``exp(log_softmax(x))``."""
-    expr = normalise(POINTWISE["exp"](reader, node, args, place), reader.kind_of)
+    expr = reader.normal(POINTWISE["exp"](reader, node, args, place))
     match expr:
         case Apply("exp", (Apply("log", (Capture(slot) as weight,)),)) if isinstance(reader.atoms[slot], Softmax):
             return weight

@@ -78,6 +78,7 @@ class Reader:
         self._rules, self._is_given, self._opaque = rules, is_given, opaque
         self._constants = constants or Constants()
         self._slots: dict[Atom, int] = {}
+        self._settled: set[Expr] = set()
         self._outer, self._bound = self, cast("Mapping[Node, Bound]", {})
         self._memo: dict[tuple[Node, Place, bool], Expr] = {}
         self._depth = 0
@@ -145,7 +146,7 @@ class Reader:
         before, self._consumer = self._consumer, node
         self._depth += 1
         try:
-            found = normalise(rule(self, node, facts.arguments(node), place), self.kind_of)
+            found = self.normal(rule(self, node, facts.arguments(node), place))
         except Unreadable as error:
             self.unread[node] = str(error)
             return self.leaf(node, place)
@@ -165,7 +166,7 @@ class Reader:
         def positioned(part: Expr) -> Expr:
             return at[part.axis] if isinstance(part, Variable) and part.axis in at else part
 
-        return normalise(rewrite(formula.expr, positioned), self.kind_of)
+        return self.normal(rewrite(formula.expr, positioned))
 
     def _is_usable(self, expr: Expr) -> bool:
         """A leaf must be a plain view of its node, since that is how the fused node will be given it."""
@@ -213,6 +214,10 @@ class Reader:
         """bool, int or float: what an expression of this reader evaluates to."""
         return kind(expr, self.kind_of)
 
+    def normal(self, expr: Expr) -> Expr:
+        """The normal form of an expression of this reader."""
+        return normalise(expr, self.kind_of, settled=self._settled)
+
     # --- numbers ------------------------------------------------------------------------------------
 
     def scalar(self, argument: object) -> Expr:
@@ -247,7 +252,7 @@ class Reader:
             self.axes[axis.name] = Index((axis,))
             total = apply("add", apply("mul", total, self.size(axis.size)), Variable(axis.name))
         total = apply("add", total, self.size(index.offset))
-        return normalise(total, self.kind_of)
+        return self.normal(total)
 
     def as_index(self, expr: Expr) -> Index:
         """The index that a number stands for, where it is one axis plus a constant."""

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from attnfuse.algebra import normalise
 from attnfuse.axes import Index
 from attnfuse.graph import facts
 from attnfuse.passes.lift.assemble import assembled, softmax_over
@@ -64,7 +63,7 @@ def _with_sink(reader: Reader, weights: Expr, gate: Expr) -> Expr | None:
         return None
     slot, softmax = softmaxes[0]
     logit = read_whole(reader, sums, softmax.key)
-    same = normalise(logit, reader.kind_of) == normalise(softmax.logit, reader.kind_of)
+    same = reader.normal(logit) == reader.normal(softmax.logit)
     if softmax.extra or not same or not _is_finite(reader, logit):
         return None
     with_sink = reader.atom(replace(softmax, extra=(sink,)))

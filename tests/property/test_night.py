@@ -12,7 +12,7 @@ from tests.property import search
 from tests.property.misses import changed, ways
 
 #: How many one test tries: a failing test names its seed, and repeats in minutes.
-CHUNK = 500
+CHUNK = 200
 #: How many are tried by day.
 FEW = 20
 

@@ -174,6 +174,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
     # --- what models write ---
     "forms of real models": (
         "models: a_mask_made_of_lengths, a_bias_gated_by_a_sum, a_bias_that_is_a_piece_of_a_product",
+        "models: the_product_with_rows_of_its_own_is_the_score",
         "models: a_bias_that_was_scaled_in_place, scores_bounded_by_a_constant_tensor",
         "models: scores_filled_from_a_constant_tensor, scores_shifted_in_another_unit",
         "models: a_mask_made_of_constant_tensors_is_a_predicate, a_mask_that_keeps_every_row_is_none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.support.never_wrong import never_wrong, qkv
@@ -207,3 +208,15 @@ def test_weights_that_are_skewed_are_refused_and_not_overlooked(door: str) -> No
 
     (site,) = never_wrong(door, attention, *qkv()).refused
     assert "the weights go through" in site.reason
+
+
+def test_the_product_with_rows_of_its_own_is_the_score(door: str) -> None:
+    """A gate of each key that is a projection of values (Doge) is a product too, but no row of queries is in it."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
+        gate = torch.exp(F.softplus(F.linear(v.transpose(1, 2).flatten(2), projection)))
+        return attend(q @ k.mT * 0.5 + gate.mT[:, :, None, :], v)
+
+    q, k, v = qkv()
+    report = never_wrong(door, attention, q, k, v, torch.randn(v.shape[1], v.shape[1] * v.shape[3]) / 4)
+    assert "0.5 * s + " in report.fused[0].spec
