@@ -10,12 +10,49 @@ from torch.fx import Graph, GraphModule, Node
 from attnfuse.graph import facts
 from attnfuse.passes.certify.shrink import shrunk_arguments
 
-__all__ = ["Shapes", "source_of"]
+__all__ = ["Shapes", "fused_of", "independent", "source_of"]
 
 _SCALAR = torch.ops.aten.scalar_tensor.default
 
+#: An input that is made of others is made of them in fewer steps: views, repeats, scales.
+_STEPS = 32
+
 #: The shape that a node is to have, where it is not the traced one.
 Shapes = Mapping[Node, tuple[int, ...]]
+
+
+def independent(inputs: Sequence[Node]) -> tuple[Node, ...]:
+    """The inputs that are not made of other inputs: drawn apart from these, they would be what they cannot be."""
+    return tuple(node for node in inputs if not _is_made_of(node, {*inputs} - {node}))
+
+
+def _is_made_of(node: Node, others: set[Node]) -> bool:
+    seen, stack = {node}, [node]
+    while stack:
+        each = stack.pop()
+        if each in others:
+            continue
+        if each.op != "call_function" or len(seen) > _STEPS:
+            return False
+        stack += (arg for arg in each.all_input_nodes if arg not in seen)
+        seen.update(each.all_input_nodes)
+    return not others.isdisjoint(seen)
+
+
+def fused_of(replacement: GraphModule, inputs: Sequence[Node], standing: Sequence[Node], shapes: Shapes) -> GraphModule:
+    """``replacement``, a function of ``inputs``, as one of ``standing`` alone, of which it makes the others."""
+    if len(inputs) == len(standing):
+        return replacement
+    graph = Graph()
+    copies = {node: graph.placeholder(node.name) for node in standing}
+    for node in inputs:
+        for part in _needed(node, set(copies)):
+            if part not in copies:
+                copies[part] = _copied(graph, part, copies, shapes)
+    taken = [node for node in replacement.graph.nodes if node.op == "placeholder"]
+    inside = dict(zip(taken, (copies[node] for node in inputs), strict=True))
+    graph.output(graph.graph_copy(replacement.graph, inside))
+    return GraphModule(replacement, graph)
 
 
 def source_of(result: Node, inputs: Sequence[Node], shapes: Shapes) -> tuple[GraphModule, tuple[Node, ...]]:
@@ -35,11 +72,16 @@ def source_of(result: Node, inputs: Sequence[Node], shapes: Shapes) -> tuple[Gra
         if node in numbers:
             copies[node] = graph.call_function(_SCALAR, (numbers[node],), {"dtype": facts.dtype(node)})
         elif node not in copies:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            if node in shapes and node.op == "call_function":
-                _shape(copies[node], shapes[node])
+            copies[node] = _copied(graph, node, copies, shapes)
     graph.output(copies[result])
     return GraphModule({}, graph), standing
+
+
+def _copied(graph: Graph, node: Node, copies: Mapping[Node, Node], shapes: Shapes) -> Node:
+    copy = graph.node_copy(node, copies.__getitem__)
+    if node in shapes and node.op == "call_function":
+        _shape(copy, shapes[node])
+    return copy
 
 
 def _shape(copy: Node, shape: tuple[int, ...]) -> None:

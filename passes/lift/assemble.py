@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -11,21 +12,19 @@ from attnfuse.axes import Axis, Unreadable
 from attnfuse.errors import Refused
 from attnfuse.graph import facts
 from attnfuse.kernels import Source
-from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, Reduced, Softmax
+from attnfuse.passes.lift.atoms import Dot, Dropped, Leaf, Place, Reduced, Softmax
 from attnfuse.passes.lift.operand import factored, viewed
+from attnfuse.passes.lift.product import atoms_of, query_and_key, score_product
 from attnfuse.passes.lift.quantised import quantised_to
 from attnfuse.passes.lift.reader import Reader, TakeAsTensor
 from attnfuse.passes.site import Operand, Site
-from attnfuse.score import Capture, Expr, P, S, apply, rewrite, walk
+from attnfuse.score import Apply, Capture, Const, Expr, P, S, apply, rewrite, walk
 from attnfuse.spec import EmptyRows, Normaliser
 
 __all__ = [
     "Parts",
     "assembled",
-    "axes_at",
-    "query_and_key",
     "read_site",
-    "score_product",
     "site_of",
     "softmax_over",
     "weight_program",
@@ -71,7 +70,7 @@ def _refusal(reason: str, node: Node, remedy: str = "") -> Refused:
 
 def softmax_over(reader: Reader, weights: Expr, outer: Dot) -> Softmax | None:
     """The softmax that weights are of; None where there is none. Raises :class:`Refused` where it is another one."""
-    found = {atom for atom in _atoms(reader, weights) if isinstance(atom, Softmax)}
+    found = {atom for atom in atoms_of(reader, weights) if isinstance(atom, Softmax)}
     if not found:
         return None
     if len(found) > 1:
@@ -80,18 +79,6 @@ def softmax_over(reader: Reader, weights: Expr, outer: Dot) -> Softmax | None:
     if reader.space.resolve(softmax.key.axes) != reader.space.resolve(outer.axes):
         raise _refusal("the softmax runs over another axis than the product with the values sums over", softmax.node)
     return softmax
-
-
-def _atoms(reader: Reader, expr: Expr) -> list[Atom]:
-    """The atoms an expression reads, through dropout."""
-    found: list[Atom] = []
-    for part in walk(expr):
-        if isinstance(part, Capture):
-            atom = reader.atoms[part.slot]
-            found.append(atom)
-            if isinstance(atom, Dropped):
-                found += _atoms(reader, atom.inner)
-    return found
 
 
 def assembled(
@@ -141,7 +128,7 @@ def _after_softmax(reader: Reader, weights: Expr, softmax: Softmax) -> tuple[flo
     dropout, weights = weight_program(reader, weights, softmax.node)
     normalised = reader.atom(softmax)
     weight = rewrite(weights, lambda e: P if e == normalised else e)
-    if any(isinstance(atom, Softmax) for atom in _atoms(reader, weight)):
+    if any(isinstance(atom, Softmax) for atom in atoms_of(reader, weight)):
         raise _refusal("something happens to the weights after dropout", softmax.node)
     return dropout, weight
 
@@ -180,6 +167,10 @@ class Parts:
 def site_of(reader: Reader, parts: Parts) -> Site:
     """The site in today's axes, its programs of leaves alone. Raises :class:`Refused` where they cannot be."""
     programs = [_leaves_only(reader, program) for program in parts.programs]
+    if any(map(_is_infinite, programs)):
+        raise _refusal("the program adds an infinity to scores or multiplies them by one", parts.softmax)
+    if any(part == apply("log", P) for part in walk(programs[1])):
+        raise _refusal("the logarithm of a weight is used, which is finite where the weight is zero", parts.softmax)
     query, key, value = (_final(reader, operand) for operand in parts.operands)
     return Site(
         node=parts.node,
@@ -213,6 +204,22 @@ def site_of(reader: Reader, parts: Parts) -> Site:
     )
 
 
+#: Operations whose result is finite, or what it would be without, where one of their arguments is infinite.
+_BOUNDS = ("min", "max", "lt", "le", "gt", "ge", "eq", "ne")
+
+
+def _is_infinite(program: Expr) -> bool:
+    """Whether a literal makes a number ``inf`` or NaN: behind a mask of -inf it is NaN, which kernels leave out."""
+    match program:
+        case Const(float(value)):
+            return math.isnan(value) or value == math.inf
+        case Apply("div", (_, Const(value))) if value == 0:
+            return True
+        case Apply(op, args) if op not in _BOUNDS:
+            return any(map(_is_infinite, args))
+    return False
+
+
 def _widest_reads(reader: Reader) -> dict[Node, Place]:
     """Where each node was read: of several places, one that runs over the most axes."""
     found: dict[Node, Place] = {}
@@ -227,40 +234,6 @@ def _final(reader: Reader, operand: Operand) -> Operand:
     return Operand(operand.factor, tuple(Leaf(leaf.node, reader.final(leaf.place)) for leaf in operand.views))
 
 
-def score_product(reader: Reader, logit: Expr, keys: tuple[Axis, ...], value_place: Place) -> Dot | None:
-    """The product of queries and keys: of the contractions in the logit that have the key axis on one side
-    only, one whose other side has rows of its own, if any (a gate of each key has none); of these the one whose key
-    side has the fewest axes that the values lack (a relative position has more), and of such the first: sites that
-    share two products then agree which of them is the other's bias.
-    """
-    shared = axes_at(reader, value_place)
-    candidates: list[tuple[bool, int, int, Dot]] = []
-    for atom in _atoms(reader, logit):
-        if isinstance(atom, Dot):
-            sides = (atom.left_place, atom.right_place)
-            keyed = [place for place in sides if _reads_key(reader, place, keys)]
-            if len(keyed) == 1:
-                query, key = (axes_at(reader, place) for place in (sides[keyed[0] is sides[0]], keyed[0]))
-                rowless = query <= shared | set(reader.space.resolve(atom.axes))
-                candidates.append((rowless, len(key - shared), reader.order.position[atom.node], atom))
-    return min(candidates, key=lambda c: c[:3])[3] if candidates else None
-
-
-def axes_at(reader: Reader, place: Place) -> set[Axis]:
-    """The axes that a place runs over."""
-    return {axis for index in place for axis in reader.space.resolve(index.axes)}
-
-
-def _reads_key(reader: Reader, place: Place, keys: tuple[Axis, ...]) -> bool:
-    return bool(axes_at(reader, place) & set(reader.space.resolve(keys)))
-
-
-def query_and_key(reader: Reader, inner: Dot, keys: tuple[Axis, ...]) -> tuple[tuple[Node, Place], tuple[Node, Place]]:
-    """The two sides of the product of queries and keys."""
-    left, right = (inner.left, inner.left_place), (inner.right, inner.right_place)
-    return (right, left) if _reads_key(reader, inner.left_place, keys) else (left, right)
-
-
 def weight_program(reader: Reader, weights: Expr, node: Node) -> tuple[float, Expr]:
     """Dropout's rate and a weight before it. Raises :class:`Refused` at ``node`` where dropout is not the last step."""
     rate = 0.0
@@ -269,7 +242,7 @@ def weight_program(reader: Reader, weights: Expr, node: Node) -> tuple[float, Ex
             atom = reader.atoms[slot]
             if isinstance(atom, Dropped):
                 rate, weights = atom.rate, atom.inner
-    if any(isinstance(atom, Dropped) for atom in _atoms(reader, weights)):
+    if any(isinstance(atom, Dropped) for atom in atoms_of(reader, weights)):
         raise _refusal("something happens to the weights after dropout", node)
     return rate, weights
 

@@ -13,9 +13,10 @@ from torch.fx import Node
 
 from attnfuse.algebra import WEIGHT_RULES, normalise
 from attnfuse.graph import facts
-from attnfuse.passes.lift.assemble import Parts, axes_at, query_and_key, score_product, site_of, weight_program
+from attnfuse.passes.lift.assemble import Parts, site_of, weight_program
 from attnfuse.passes.lift.atoms import Dot, Place, Softmax
 from attnfuse.passes.lift.operand import factored, viewed
+from attnfuse.passes.lift.product import axes_at, query_and_key, score_product
 from attnfuse.passes.lift.reader import Reader
 from attnfuse.passes.lift.reduction import is_product_sum
 from attnfuse.passes.site import Operand, Site

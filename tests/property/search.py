@@ -53,17 +53,20 @@ def near_misses(number: int, start: int) -> Tally:
 
 def _search(number: int, start: int, attempt: Callable[[st.DataObject, Tally], None]) -> Tally:
     tally = Tally()
+    while tally.tried < number:
+        _drawn(number - tally.tried, start, lambda data: attempt(data, tally))
+        start += 1
+    return tally
 
+
+def _drawn(number: int, start: int, attempt: Callable[[st.DataObject], None]) -> None:
+    @seed(start)
     @settings(max_examples=number, derandomize=False, database=None, phases=[Phase.generate, Phase.shrink])
     @given(st.data())
     def run(data: st.DataObject) -> None:
-        if tally.tried < number:
-            attempt(data, tally)
+        attempt(data)
 
-    while tally.tried < number:
-        seed(start)(run)()
-        start += 1
-    return tally
+    run()
 
 
 def _try_program(data: st.DataObject, tally: Tally) -> None:

@@ -95,8 +95,10 @@ def test_luck_of_the_source_is_no_yardstick() -> None:
     with pytest.raises(NotEquivalent, match=r"mean error 0\.01"):
         compare("it", source, fused, exact)
     with pytest.raises(NotEquivalent, match=r"mean error 0\.01"):
-        compare("it", source, fused, exact, moved=lambda: exact + 1e-4)
-    assert compare("it", source, fused, exact, moved=lambda: exact + 0.01).fused_max == pytest.approx(0.01, rel=0.1)
+        compare("it", source, fused, exact, moved=[lambda: exact + 1e-4])
+    assert compare("it", source, fused, exact, moved=[lambda: exact, lambda: exact + 0.01]).fused_max == pytest.approx(
+        0.01, rel=0.1
+    )
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
@@ -105,7 +107,7 @@ def test_what_is_not_finite_where_the_source_is_is_wrong(wrong: float) -> None:
     fused = exact.float()
     fused[2] = wrong
     with pytest.raises(NotEquivalent):
-        compare("it", exact.float(), fused, exact, moved=lambda: exact)
+        compare("it", exact.float(), fused, exact, moved=[lambda: exact])
 
 
 def test_a_program_that_fails_by_itself_is_refused_for_that(monkeypatch: pytest.MonkeyPatch) -> None:

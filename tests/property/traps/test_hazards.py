@@ -143,6 +143,26 @@ def test_attention_of_a_tensor_to_itself(door: str) -> None:
     assert never_wrong(door, attention, torch.randn(2, 4, 6, 8)).fused
 
 
+def test_attention_of_repeated_heads_to_themselves(door: str) -> None:
+    """A certificate that drew the repeated tensor apart from the one that it repeats would find a difference."""
+
+    def attention(k: Tensor, v: Tensor) -> Tensor:
+        many = k.repeat_interleave(2, dim=1)
+        return attend(many @ many.mT, v.repeat_interleave(2, dim=1))
+
+    assert never_wrong(door, attention, torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)).fused
+
+
+def test_the_logarithm_of_weights(door: str) -> None:
+    """It is finite where the weight is zero, and what is computed from the weight is not."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.log_softmax(100.0 * q @ k.mT, dim=-1).abs() @ v
+
+    report = never_wrong(door, attention, *qkv())
+    assert "logarithm" in report.refused[0].reason
+
+
 def test_a_router(door: str) -> None:
     def route(x: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
         weights = torch.softmax(F.linear(x, gates), dim=-1)

@@ -28,6 +28,8 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "masks: left_padding_under_a_causal_mask_empties_rows, two_finite_masks_on_one_key_overflow",
         "tests/kernels/test_forward.py: left_padding_makes_them_even_where_a_causal_mask_does_not",
     ),
+    "a mask of the other sign": ("masks: a_mask_subtracted_is_infinite",),
+    "one number is a mask": ("masks: one_number_added_to_every_score",),
     "where replaces, + adds": ("masks: where_replaces_and_plus_adds",),
     "a fill of 0 or -1 is no mask": (
         "masks: a_fill_that_masks_nothing_is_a_value, a_choice_that_masks_nothing_is_a_value",
@@ -97,7 +99,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
     # --- who else looks, who else writes ---
     "weights or scores that are returned or reused": (
         "hazards: weights_returned, weights_used_twice, weights_averaged_over_heads, scores_returned",
-        "hazards: weights_applied_to_their_own_result",
+        "hazards: weights_applied_to_their_own_result, the_logarithm_of_weights",
         "closed: unused_weights_are_no_obstacle, returned_weights_are_refused",
     ),
     "weights with a hook, or used by the backward": (
@@ -117,7 +119,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
     ),
     "attention beside attention, and softmaxes that are none": (
         "hazards: two_attentions_in_a_row, two_attentions_share_keys_and_values, attention_of_a_tensor_to_itself",
-        "hazards: a_router",
+        "hazards: attention_of_repeated_heads_to_themselves, a_router",
     ),
     "sinks on the wrong side, with a value, or one to a row": (
         "hazards: a_sink_may_be_cut_off_on_the_wrong_side, a_sink_that_is_given_a_value, a_sink_that_differs_by_row",

@@ -268,3 +268,22 @@ def test_ids_of_unsigned_bytes_wrap_around(door: str) -> None:
 
     rows, keys = torch.randint(0, 4, (6,), dtype=torch.uint8), torch.randint(0, 4, (9,), dtype=torch.uint8)
     never_wrong(door, attention, *qkv(), rows, keys)
+
+
+def test_a_mask_subtracted_is_infinite(door: str) -> None:
+    """What it lets pass is +inf where it should be masked, and NaN behind a second mask, which kernels leave out."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        masked = q @ k.mT - torch.zeros_like(keep, dtype=q.dtype).masked_fill(~keep.mT, -INF)
+        return torch.sigmoid(masked + torch.zeros_like(keep, dtype=q.dtype).masked_fill(~keep, -INF)) @ v
+
+    report = never_wrong(door, attention, *qkv(rows=9), torch.rand(9, 9) < 0.7, sites=None)
+    assert "infinity" in report.refused[0].reason
+
+
+def test_one_number_added_to_every_score(door: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q @ k.mT + -10000.0, v)
+
+    q, k, v = qkv(batch=1)
+    assert never_wrong(door, attention, q[0], k[0], v[0]).fused
