@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -15,6 +16,7 @@ from attnfuse.reference import is_float8
 from attnfuse.report import Fused
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
+from tests.float8.programs import quantised
 from tests.support.doors import as_module, rewritten
 
 SIZES = (2, 4, 48, 16)
@@ -42,8 +44,45 @@ def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def inputs(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    return normal(SIZES, SIZES, SIZES, dtype=dtype)
+
+
+def shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Pairs of query heads share a key head."""
+    k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+    return torch.softmax((q @ k.mT) * 0.25, dim=-1) @ v
+
+
+def straight(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax((q @ k.mT) * 0.25, dim=-1) @ v
+
+
+#: Programs, and the shapes of query, key and value, whose leading dimensions need not be the same.
+SHAPES = {
+    "heads in pairs": (shared, (2, 4, 48, 16), (2, 2, 40, 16), (2, 2, 40, 16)),
+    "one key head": (straight, (2, 4, 48, 16), (2, 1, 40, 16), (2, 1, 40, 16)),
+    "one batch of keys": (straight, (2, 4, 48, 16), (1, 4, 40, 16), (1, 4, 40, 16)),
+    "two batch dimensions": (straight, (3, 2, 2, 48, 16), (3, 1, 2, 40, 16), (1, 2, 2, 40, 16)),
+    "no heads": (straight, (2, 48, 16), (2, 40, 16), (2, 40, 16)),
+}
+
+
+def normal(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(SIZES, generator=generator).to(dtype) for _ in range(3))
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+
+
+def run_quantised(door: str, run: Callable[..., Tensor], given: tuple[Tensor, ...]) -> Tensor:
+    """What the quantised program makes of ``given``."""
+    found = rewritten(door, as_module(run), given, kernel="narrow", target="cuda:sm90", fp8_attention=True)
+    (site,) = found.report.fused
+    assert "float8 weights" in site.what
+    return found.run(*given)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """Mean error over the mean of what is exact."""
+    return ((found.double() - exact).abs().mean() / exact.abs().mean()).item()
 
 
 def fused(target: str = "cuda:sm90", given: tuple[Tensor, ...] | None = None, **options: Any) -> Fused:
@@ -51,8 +90,7 @@ def fused(target: str = "cuda:sm90", given: tuple[Tensor, ...] | None = None, **
     found = rewritten("dynamo", as_module(program), given, kernel="narrow", target=target, **options)
     (site,) = found.report.fused
     if options.get("fp8_attention"):
-        ours, exact = found.run(*given), program(*(x.double() for x in given))
-        assert (ours.double() - exact).abs().mean() < 0.06 * exact.abs().mean()
+        assert error(found.run(*given), program(*(x.double() for x in given))) < 0.06
     return site
 
 
@@ -61,9 +99,41 @@ def test_every_operand_is_quantised(target: str, dtype: str) -> None:
     site = fused(target, fp8_attention=True)
     spec = AttentionSpec.from_text(site.spec)
     assert (spec.weight_dtype, spec.out_dtype, len(spec.captures)) == (dtype, "bfloat16", 3)
+    assert [captured.axes for captured in spec.captures] == [("b0", "h")] * 3
     assert "causal" in site.what
     (note,) = site.notes
     assert note.startswith("quantised to float8 as asked for: mean error 0.0")
+
+
+@pytest.mark.parametrize("door", ["dynamo", "training IR", "core ATen"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_heads_and_batches_that_are_shared(name: str, door: str) -> None:
+    run, *shapes = SHAPES[name]
+    given = normal(*shapes)
+    assert error(run_quantised(door, run, given), run(*(x.double() for x in given))) < 0.06
+
+
+@pytest.mark.parametrize("at", range(3), ids=["query", "key", "value"])
+@pytest.mark.parametrize("times", [64.0, 2.0**14])
+def test_a_loud_head_does_not_change_the_others(times: float, at: int) -> None:
+    """Not by a bit; one scale for the whole tensor leaves them fewer of float8's bits the louder it is."""
+    given = normal(SIZES, SIZES, SIZES)
+    before = run_quantised("dynamo", straight, given)
+    given[at][:, 1] *= times
+    after, others = run_quantised("dynamo", straight, given), [0, 2, 3]
+    assert torch.equal(after[:, others], before[:, others])
+    exact = straight(*(x.double() for x in given))
+    of_tensor = straight(*(rounded_by(x, (0, 1, 2, 3)) for x in given))
+    of_heads = error(after[:, others], exact[:, others])
+    assert of_heads < 0.06
+    # e4m3 holds 15 powers of two with all their bits: 64 is six of them, which a scale for all can still bear
+    assert (error(of_tensor[:, others], exact[:, others]) > 1.5 * of_heads) == (times > 64)
+
+
+def rounded_by(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``x`` in float8, with one scale along ``dims``, as float64."""
+    narrow, scale = quantised(x.float(), dims)
+    return narrow.double() * scale.double()
 
 
 def test_nothing_is_quantised_unless_asked_for() -> None:

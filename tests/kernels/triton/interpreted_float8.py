@@ -21,6 +21,7 @@ E4M3, HALF = torch.float8_e4m3fn, torch.float16
 OUT = {"out_dtype": "float16"}
 SPECS = {
     "scale of each head": spec("0.3 * t0 * s", "float32[h]", "float32[h]", weight="t1 * p", **OUT),
+    "scales of each batch and head": spec("0.3 * (t0 * t1 * s)", *["float32[b0,h]"] * 3, weight="t2 * p", **OUT),
     "scale of each key": spec("0.3 * t0 * s", "float32[b0,h,n]", "float32[b0,h,n]", weight="t1 * p", **OUT),
     "scale of each row": spec("where(n <= m, 0.3 * t0 * s, -inf)", "float32[b0,h,m]", weight="448.0 * p", **OUT),
     "sink": spec("0.3 * s", "float32[h]", sink="t0", weight="2.0 * p", **OUT),
@@ -49,8 +50,12 @@ def test_every_schedule(schedule: str) -> None:
     check("scale of each row", "every operand", schedule)
 
 
-def check(name: str, mixed: str, schedule: str = "plain") -> None:
-    given = case(SPECS[name], SMALL, torch.float32)
+def test_batches_have_scales_of_their_own() -> None:
+    check("scales of each batch and head", "every operand", sizes=replace(SMALL, batch=(2,), rows=17))
+
+
+def check(name: str, mixed: str, schedule: str = "plain", sizes: Sizes = SMALL) -> None:
+    given = case(SPECS[name], sizes, torch.float32)
     operands = [x.to(dtype) for x, dtype in zip(given.operands[:3], MIXED[mixed], strict=True)]
     if "descriptor" in schedule:
         operands[2] = operands[2].mT.contiguous().mT

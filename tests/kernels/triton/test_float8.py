@@ -30,8 +30,8 @@ WIDE = r"wgmma\S+\.bf16\.bf16|v_mfma_f32_\w+_bf16"
 
 
 def scaled(dtype: str) -> AttentionSpec:
-    """One scale a head for query and key together and for value; weights that are rounded."""
-    of = spec("0.3 * t0 * s", "float32[h]", "float32[h]", weight="t1 * p", out_dtype="bfloat16")
+    """A scale for each head of query, key and value, and weights that are rounded: what ``fp8_attention`` writes."""
+    of = spec("0.3 * (t0 * t1 * s)", *["float32[b0,h]"] * 3, weight="t2 * p", out_dtype="bfloat16")
     return replace(of, weight_dtype=dtype)
 
 

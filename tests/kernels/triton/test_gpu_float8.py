@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 SPECS = {
     "scale of each head": spec("0.3 * (t0 * s)", "float32[h]", "float32[h]", weight="t1 * p", out_dtype="bfloat16"),
+    "scales of each batch and head": spec("0.3 * (t0 * t1 * s)", *["float32[b0,h]"] * 3, weight="t2 * p"),
     "scale of each key": spec("0.3 * (t0 * s)", "float32[b0,h,n]", "float32[b0,h,n]", weight="t1 * p"),
     "causal": spec("where(n <= m, 0.3 * s, -inf)", weight="448.0 * p"),
     "sink": spec("where(n <= m, 0.3 * s, -inf)", "float32[h]", sink="t0"),
