@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -20,6 +21,8 @@ def main() -> None:
     """The ``attnfuse`` command."""
     # torch warns of its own internals while it reads and copies programs
     warnings.filterwarnings("ignore", module=r"torch\.|copyreg")
+    # and logs that a CUDA toolkit has no GPU beside it, which says nothing of the program
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     sys.exit(run(sys.argv[1:]))
 
 

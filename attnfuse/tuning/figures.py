@@ -6,16 +6,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from attnfuse.errors import BadInput, NoKernel
 from attnfuse.kernels import UNFUSED, Kernel, Problem, kernels, lookup, measured, modelled
 from attnfuse.target import Target
 from attnfuse.tuning.calls import Call, Given, as_it_is, by_kernel, by_schedule, directly, given
+
+if TYPE_CHECKING:
+    from torch.utils.benchmark import Timer
 
 __all__ = ["Figure", "as_measured", "measure"]
 
@@ -132,6 +134,9 @@ class _Bench:
 
 
 def _warm(call: Call) -> Timer:
+    # it imports torch's compilers of extensions, which look for a CUDA toolkit and log what they find
+    from torch.utils.benchmark import Timer  # noqa: PLC0415
+
     call()
     return Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
 

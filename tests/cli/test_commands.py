@@ -330,6 +330,13 @@ def test_a_bad_file_is_no_traceback(tmp_path: Path) -> None:
     assert done.stderr == f"attnfuse: {tmp_path / 'bad.pt2'} is not a .pt2: not a zip archive\n"
 
 
+def test_starting_imports_no_compilers_of_extensions() -> None:
+    """They look for a CUDA toolkit, and log that there is one where there is no GPU."""
+    code = "import sys, attnfuse.cli; print('torch.utils.cpp_extension' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_a_reader_that_leaves(archive: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
