@@ -195,8 +195,16 @@ def _replay(item: Plan, state: State) -> Replay:
     placeholders = (node for node in item.replacement.graph.nodes if node.op == "placeholder")
     needs = tuple(facts.is_tensor(node) and facts.tensor(node).requires_grad for node in placeholders)
     smaller = partial(at_sizes, item, wishes=state.wishes)
-    constant = state.captured.constant
-    return Replay(item.attention, item.inputs, needs, item.replacement, smaller, item.problem.scores, constant)
+    return Replay(
+        item.attention,
+        item.inputs,
+        needs,
+        item.replacement,
+        smaller,
+        item.problem.scores,
+        state.captured.constant,
+        faithful=item.problem.numerics == "faithful",
+    )
 
 
 def _lower(state: State) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Literal
@@ -16,7 +16,7 @@ from attnfuse.errors import Refused
 from attnfuse.graph.double import nudged, run_in_double, widened
 from attnfuse.graph.text import shape_of
 from attnfuse.passes.certify.errors import Errors, compare
-from attnfuse.passes.certify.inputs import GRADIENT_FREE, TRIALS, Trial, draw
+from attnfuse.passes.certify.inputs import GRADIENT_FREE, TRIALS, Mask, Trial, draw
 from attnfuse.passes.certify.shrink import Shaped, Sizes, shrunk_shape, smaller_axes
 from attnfuse.passes.certify.source import Shapes, fused_of, independent, source_of
 from attnfuse.passes.site import Attention
@@ -40,7 +40,7 @@ _NUDGES = 8
 class Replay:
     """What is replayed: ``replacement``, and ``at_sizes(sizes)`` at other sizes, computes ``attention.site.node``
     from ``inputs``, of which ``needs`` says which need a gradient; ``scores`` is how many scores the site has, and
-    ``constant`` the value of a node that has only one.
+    ``constant`` the value of a node that has only one. ``faithful`` asks for the source's rows that keep no key.
     """
 
     attention: Attention
@@ -50,6 +50,7 @@ class Replay:
     at_sizes: Callable[[Sizes], GraphModule]
     scores: int
     constant: Callable[[Node], Tensor | None] = lambda node: None
+    faithful: bool = True
 
 
 def certify(replay: Replay, effort: Effort, known: dict[str, Certificate]) -> Certificate:
@@ -82,7 +83,7 @@ class _Pair:
     standing: tuple[Node, ...]
     needs: tuple[bool, ...]
     shapes: Shapes
-    masks: frozenset[Node]
+    masks: Mapping[Node, Mask]
     constant: Callable[[Node], Tensor | None]
     rounding: float
 
@@ -105,7 +106,7 @@ def _pair(replay: Replay, replacement: GraphModule, shapes: Shapes) -> _Pair:
     source, standing = source_of(replay.attention.site.node, inputs, shapes)
     fused = fused_of(replacement, replay.inputs, inputs, shapes)
     needs = tuple(need for node, need in zip(replay.inputs, replay.needs, strict=True) if node in inputs)
-    masks, rounding = _masks(replay.attention), _rounding(replay.attention)
+    masks, rounding = _masks(replay), _rounding(replay.attention)
     return _Pair(source, fused, standing, needs, shapes, masks, replay.constant, rounding)
 
 
@@ -113,11 +114,14 @@ def _rounding(attention: Attention) -> float:
     return torch.finfo(getattr(torch, str(attention.spec.weight_dtype))).eps if attention.quantised else 0.0
 
 
-def _masks(attention: Attention) -> frozenset[Node]:
+def _masks(replay: Replay) -> Mapping[Node, Mask]:
     """The captures that are added to the scores, and are not also query, key or value."""
+    attention = replay.attention
     operands = {leaf.node for layout in (attention.query, attention.key, attention.value) for leaf in layout.views}
     added = (attention.captures[slot] for slot in _summands(attention.spec.score))
-    return frozenset(leaf.node for layout in added for leaf in layout.views) - operands
+    # without a softmax a row of -inf is no row without keys
+    which: Mask = "any" if replay.faithful and attention.spec.normaliser == "softmax" else "finite"
+    return {leaf.node: which for layout in added for leaf in layout.views if leaf.node not in operands}
 
 
 def _summands(score: Expr) -> frozenset[int]:
@@ -167,7 +171,7 @@ def _drawn(pair: _Pair, trial: Trial) -> list[Tensor | int]:
 def _value(node: Node, pair: _Pair, trial: Trial, generator: torch.Generator) -> Tensor | int:
     shape, constant = pair.shapes.get(node), pair.constant(node)
     if constant is None:
-        return draw(node, shape, node in pair.masks, trial, generator)
+        return draw(node, shape, pair.masks.get(node, "none"), trial, generator)
     # at smaller sizes the source reads a smaller part of it, from the same start
     return constant.detach()[tuple(map(slice, constant.shape if shape is None else shape))]
 

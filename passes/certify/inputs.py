@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,23 +13,26 @@ from torch.fx import Node
 from attnfuse.graph import facts
 from attnfuse.reference import is_float8
 
-__all__ = ["GRADIENT_FREE", "TRIALS", "Trial", "draw"]
+__all__ = ["GRADIENT_FREE", "TRIALS", "Mask", "Trial", "draw"]
+
+#: What may be an additive mask, and then whether its rows may be -inf throughout: rows that keep no key.
+Mask = Literal["none", "finite", "any"]
 
 #: Makes a tensor of a shape and dtype; the generator is the certificate's.
 Trial = Callable[[tuple[int, ...], torch.dtype, torch.Generator], Tensor]
 
 
 def draw(
-    node: Node, shape: tuple[int, ...] | None, is_mask: bool, trial: Trial, generator: torch.Generator
+    node: Node, shape: tuple[int, ...] | None, mask: Mask, trial: Trial, generator: torch.Generator
 ) -> Tensor | int:
     """A value for one input, of ``shape`` or else of the shape it was traced with.
 
-    ``is_mask`` says that it may be an additive mask, as query, key and value may not.
+    ``mask`` says which additive mask it may be; query, key and value are none.
     """
     if not facts.is_tensor(node):
         return facts.hint_of(node)
     shape = facts.hint(node) if shape is None else shape
-    made = _with_fills if is_mask and trial is _filled else trial
+    made = _AS_MASK[mask].get(trial, trial)
     dtype = facts.dtype(node)
     # torch computes no float8, and draws on the CPU are the same values on every device
     drawn = made(shape, torch.float32 if is_float8(dtype) else dtype, generator)
@@ -69,11 +74,32 @@ def _filled(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
 
 
 def _with_fills(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Some numbers of each row are filled, and some rows throughout: those weigh all keys equally."""
     if not dtype.is_floating_point:
         return _plain(shape, dtype, generator)
-    drop = torch.rand(shape, generator=generator) < 0.5
+    drop = (torch.rand(shape, generator=generator) < 0.5) | _whole_rows(shape)
     return torch.zeros(shape, dtype=dtype).masked_fill(drop, torch.finfo(dtype).min)
 
+
+def _with_empty_rows(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """As loud, but some rows keep no key."""
+    found = _loud(shape, dtype, generator)
+    return found.masked_fill(_whole_rows(shape), float("-inf")) if dtype.is_floating_point else found
+
+
+def _whole_rows(shape: tuple[int, ...]) -> Tensor:
+    """Every fourth row ``[..., M, 1]``; none where there is but one, which would leave nothing else to see."""
+    leading = shape[:-1]
+    every = torch.arange(math.prod(leading)) % 4 == 1
+    return every.reshape([*leading, *[1] * len(shape[-1:])])
+
+
+#: What is drawn instead of a trial for what may be a mask. Rows without keys are in a trial that asks for no gradient.
+_AS_MASK: dict[Mask, dict[Trial, Trial]] = {
+    "none": {},
+    "finite": {_filled: _with_fills},
+    "any": {_filled: _with_fills, _loud: _with_empty_rows},
+}
 
 #: What every site is tried with, by name.
 TRIALS: tuple[tuple[str, Trial], ...] = (

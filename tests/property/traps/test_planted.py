@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnfuse.passes.certify import inputs
 from attnfuse.passes.lift import assemble, normaliser, operand, spine, view
 from attnfuse.passes.simplify import canonical
 from attnfuse.report import Report
@@ -19,6 +20,7 @@ from tests.support.never_wrong import qkv
 
 Patch = pytest.MonkeyPatch
 INF = float("inf")
+MIN = torch.finfo(torch.float32).min
 
 
 def attend(scores: Tensor, v: Tensor) -> Tensor:
@@ -187,13 +189,30 @@ def capture_dropped(part: Expr) -> Expr:
     return part
 
 
+def no_empty_rows(patch: Patch) -> None:
+    """What keeps no key is zero, as a library's safe softmax has it."""
+    patch.setattr(spine, "read_site", lambda *given: _with_zeros(assemble.read_site(*given)))
+
+
+def _with_zeros(site: Any) -> Any:
+    return None if site is None else replace(site, empty_rows="zero")
+
+
+def filled_is_masked(part: Expr) -> Expr:
+    """A bias so low that it swallows any score is a mask: wrong in rows that have nothing but such."""
+    match part:
+        case Apply("add", (_, Capture() as bias)):
+            return Apply("where", (Apply("gt", (bias, Const(-1e30))), part, Const(-INF)))
+    return part
+
+
 @dataclass(frozen=True)
 class Planted:
     """A wrong rule, and a program that it makes wrong. All sizes are such that every shape still fits."""
 
     plant: Callable[[Patch], None]
     program: Callable[..., Tensor]
-    captures: tuple[tuple[int, ...] | str, ...] = ()
+    captures: tuple[tuple[int, ...] | str | float, ...] = ()
 
 
 N = 8  # rows, keys and features alike, so that nothing but the values tells a turned tensor from a right one
@@ -216,6 +235,8 @@ PLANTED = {
     "a maximum over rows is dropped": Planted(any_maximum, shifted),
     "the gate on the weights is forgotten": Planted(no_weight, gated, ((4, 1, N),)),
     "the value is transposed": Planted(turned_value, scaled),
+    "rows that a mask leaves nothing of are zero": Planted(no_empty_rows, biased, (-INF,)),
+    "a mask's lowest number is -inf": Planted(scores_changed(filled_is_masked), biased, (MIN,)),
     "the softmax runs over keys whatever it says": Planted(read_by("softmax", with_argument(dim=-1)), over_rows),
 }
 
@@ -223,8 +244,15 @@ PLANTED = {
 def _inputs(case: Planted) -> tuple[Tensor, ...]:
     drop = torch.rand(N, N) < 0.5
     drop[2] = True
-    captures = (drop if shape == "mask" else torch.randn(shape) for shape in case.captures)
+    captures = (_capture(each, drop) for each in case.captures)
     return (*qkv(rows=N, keys=N, depth=N), *captures)
+
+
+def _capture(wanted: tuple[int, ...] | str | float, drop: Tensor) -> Tensor:
+    """A mask, a mask that is added with a fill, or a random tensor of a shape."""
+    if isinstance(wanted, str):
+        return drop
+    return torch.zeros(N, N).masked_fill(drop, wanted) if isinstance(wanted, float) else torch.randn(wanted)
 
 
 def _fused(case: Planted, args: tuple[Tensor, ...], certify: str) -> tuple[Report, Tensor]:
@@ -246,6 +274,16 @@ def test_the_certificate_refuses_a_planted_rule(name: str, monkeypatch: Patch) -
     (refusal,) = report.refused
     assert "the rewrite is not equivalent" in refusal.reason
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["rows that a mask leaves nothing of are zero", "a mask's lowest number is -inf"])
+def test_whole_rows_of_a_mask_show_what_nothing_else_does(name: str, monkeypatch: Patch) -> None:
+    case = PLANTED[name]
+    args = _inputs(case)
+    case.plant(monkeypatch)
+    monkeypatch.setattr(inputs, "_whole_rows", lambda shape: torch.zeros(1, dtype=torch.bool))
+    report, _ = _fused(case, args, "quick")
+    assert report.fused
 
 
 @pytest.mark.parametrize("name", PLANTED)
