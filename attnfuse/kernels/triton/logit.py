@@ -8,6 +8,7 @@ log2(e)``, however the program scales: ``where(n <= m, 0.125 * s, -inf)`` is ``0
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -91,13 +92,24 @@ def _one_constant(part: Expr) -> Expr:
 
 
 def _may_be_huge(spec: AttentionSpec) -> bool:
-    """Whether it fills, or reads floats for each key, which may hold the least finite one to mask it."""
+    """Whether it fills, or reads floats for each key or adds others, which may hold the least finite one to mask it."""
     constants = [part.value for part in walk(spec.score) if isinstance(part, Const)]
     if any(math.isfinite(value) and value <= FILL for value in constants):
         return True
     read = {part.slot for part in walk(spec.score) if isinstance(part, Capture)}
-    captured = [spec.captures[slot] for slot in read]
-    return any("n" in each.axes and each.dtype in ("float32", "bfloat16", "float64") for each in captured)
+    masking = {slot for slot in read if "n" in spec.captures[slot].axes} | set(_added(spec.score))
+    return any(spec.captures[slot].dtype in ("float32", "bfloat16", "float64") for slot in masking)
+
+
+def _added(program: Expr) -> Iterator[int]:
+    """The slots of captures that are added to a score as they are, or to a constant part of themselves."""
+    match program:
+        case Capture(slot):
+            yield slot
+        case Apply("add", (a, b)) | Apply("where", (_, a, b)):
+            yield from (*_added(a), *_added(b))
+        case Apply("mul", (Const(), x)):
+            yield from _added(x)
 
 
 # --- factors ----------------------------------------------------------------------------------------

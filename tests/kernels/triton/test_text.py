@@ -13,7 +13,7 @@ from attnfuse.kernels.triton import function_text, logit_of, untranslatable
 from attnfuse.reference import Scope, evaluate
 from attnfuse.score import Expr, parse, text
 from attnfuse.spec import Captured
-from tests.kernels.cases import SIZES, SPECS, Case, case
+from tests.kernels.cases import SIZES, SPECS, Case, case, spec
 from tests.kernels.triton.torch_language import TorchLanguage, pointer
 
 FLOAT32 = 16 * torch.finfo(torch.float32).eps
@@ -126,3 +126,12 @@ def test_a_fill_stays_finite_unless_nobody_sees_it() -> None:
         unseen = logit_of(spec, rows_kept=True)
         assert unseen.huge == (fill > -1e30)
         assert unseen.huge or (text(unseen.masked), unseen.factor) == ("where(n <= m, s, -inf)", 0.001)
+
+
+@pytest.mark.parametrize("axes", ["h,m,n", "b0,n", "b0,m", "b0"])
+def test_what_is_added_may_be_the_lowest_number(axes: str) -> None:
+    """A mask of rows as much as one of keys; but slopes and scales are none."""
+    assert logit_of(spec("0.3 * s + t0", f"float32[{axes}]")).huge
+    assert not logit_of(spec("0.3 * s + t0", f"float16[{axes}]")).huge
+    assert not logit_of(spec("0.3 * (t0 * s)", f"float32[{axes.removesuffix(',n')}]")).huge
+    assert not logit_of(spec("0.3 * s + t0 * (n - m)", "float32[h]")).huge
