@@ -76,15 +76,16 @@ def _is_commit(revision: str) -> bool:
 def _elsewhere(only: str, revision: str, python: str) -> list[str]:
     """The lines that this script prints for another commit, or with another interpreter."""
     with tempfile.TemporaryDirectory() as folder:
-        root = ROOT
-        if revision:
-            root = Path(folder) / "there"
-            subprocess.run([*_GIT, "worktree", "add", "--quiet", "--detach", root, revision], check=True)
-        try:
-            return _printed(root, only, python)
-        finally:
-            if revision:
-                subprocess.run([*_GIT, "worktree", "remove", "--force", root], check=True)
+        return _printed(_checked_out(revision, Path(folder)) if revision else ROOT, only, python)
+
+
+def _checked_out(revision: str, folder: Path) -> Path:
+    """The files of a commit, by an index of their own: nothing in the repository is changed, or waited for."""
+    root = folder / "there"
+    own = {**os.environ, "GIT_INDEX_FILE": str(folder / "index")}
+    subprocess.run([*_GIT, "read-tree", revision], env=own, check=True)
+    subprocess.run([*_GIT, "checkout-index", "--all", f"--prefix={root}/"], env=own, check=True)
+    return root
 
 
 def _printed(root: Path, only: str, python: str) -> list[str]:
