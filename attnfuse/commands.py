@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,6 +19,7 @@ from attnfuse.errors import BadInput
 from attnfuse.exits import table
 from attnfuse.features import describe
 from attnfuse.kernels import Candidate, Numerics, choose, kernels, lookup, measured
+from attnfuse.outputs import check_places, why_unverifiable, write
 from attnfuse.passes.certify import Effort
 from attnfuse.picture import as_dot, as_svg, as_text
 from attnfuse.report import Certificate, Report
@@ -49,6 +46,15 @@ Source = Annotated[Path, typer.Argument(metavar="IN", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust-input", help="Load IN even if that runs code which it brings along.")]
 Import = Annotated[list[str] | None, typer.Option("--import", metavar="MODULE", show_default=False,
                                                   help="A library whose types or operators IN uses.")]  # fmt: skip
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write.", show_default=False)]
+Only = Annotated[str | None, typer.Option("--kernel", metavar="K", help="This kernel or none; see `attnfuse kernels`.")]
+Rows = Annotated[Numerics, typer.Option("--numerics", help="What fully masked rows may become.")]
+Tested = Annotated[Effort, typer.Option("--certify", help="How hard each fusion is tested before it is kept.")]
+CustomOp = Annotated[bool, typer.Option("--custom-op", help="Keep attnfuse::attention, which needs attnfuse.")]
+Float8 = Annotated[bool, typer.Option("--fp8-attention", help="Round to float8 where faster.")]
+Unverified = Annotated[bool, typer.Option("--no-verify", help="Do not run IN and OUT against each other.")]
+ReportPath = Annotated[Path | None, typer.Option("--report", metavar="F", help="Also write a JSON report.")]
+After = Annotated[str | None, typer.Option("--print-after", metavar="STAGE", help="Print the graph after this stage.")]
 Aim = Annotated[str | None, typer.Option("--target", metavar="T", show_default="where IN's tensors are",
                                          help="cpu, cuda:sm90, rocm:gfx942, xpu:pvc...")]  # fmt: skip
 
@@ -71,20 +77,16 @@ def attnfuse(
 @app.command(short_help="Fuse the attention in a .pt2.")
 def rewrite(
     source: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write.", show_default=False)],
+    output: Output,
     target: Aim = None,
-    kernel: Annotated[
-        str | None, typer.Option(metavar="K", help="This kernel or none; see `attnfuse kernels`.")
-    ] = None,
-    numerics: Annotated[Numerics, typer.Option(help="What fully masked rows may become.")] = "faithful",
-    certify: Annotated[Effort, typer.Option(help="How hard each fusion is tested before it is kept.")] = "quick",
-    custom_op: Annotated[
-        bool, typer.Option("--custom-op", help="Keep attnfuse::attention, which needs attnfuse.")
-    ] = False,
-    fp8_attention: Annotated[bool, typer.Option("--fp8-attention", help="Round to float8 where faster.")] = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not run IN and OUT against each other.")] = False,
-    report_path: Annotated[Path | None, typer.Option("--report", metavar="F", help="Also write a JSON report.")] = None,
-    print_after: Annotated[str | None, typer.Option(metavar="STAGE", help="Print the graph after this stage.")] = None,
+    kernel: Only = None,
+    numerics: Rows = "faithful",
+    certify: Tested = "quick",
+    custom_op: CustomOp = False,
+    fp8_attention: Float8 = False,
+    no_verify: Unverified = False,
+    report_path: ReportPath = None,
+    print_after: After = None,
     modules: Import = None,
     trust_input: Trust = False,
 ) -> None:
@@ -96,30 +98,20 @@ def rewrite(
     aim = _target_of(target)
     if kernel is not None:
         lookup(kernel)
-    _check_places(source, output, report_path)
+    check_places(source, output, report_path)
     program = _read(source, modules, trust_input=trust_input)
     with stage("fusing"):
         result, report = pt2.rewrite(
-            program,
-            target=aim,
-            custom_op=custom_op,
-            kernel=kernel,
-            numerics=numerics,
-            certify=certify,
-            print_after=print_after,
-            fp8_attention=fp8_attention,
-        )
+            program, target=aim, custom_op=custom_op, kernel=kernel, numerics=numerics, certify=certify,
+            print_after=print_after, fp8_attention=fp8_attention,
+        )  # fmt: skip
+    asked = "--no-verify was given" if no_verify else ""
+    reason = asked or why_unverifiable(report, aim, custom_op=custom_op, fp8_attention=fp8_attention)
     with stage("verifying"):
-        rounded = fp8_attention and any("float8 weights" in site.what for site in report.fused)
-        reason = _why_unverified(aim, custom_op=custom_op, no_verify=no_verify, rounded=rounded)
         resample = numerics == "faithful"
         certificate = Certificate(skipped=reason) if reason else pt2.check(program, result, resample=resample)
-    document = _document(report, certificate)
-    with stage(f"writing {output}"), ExitStack() as stack:
-        # the report is in place when the result is
-        if report_path is not None:
-            stack.enter_context(replacing(report_path)).write(document.encode())
-        pt2.save(result, output, {"attnfuse.json": document})
+    with stage(f"writing {output}"):
+        write(result, output, report, certificate, report_path)
     show_report(report)
     show_certificate(certificate)
 
@@ -138,7 +130,7 @@ def explain(
 ) -> None:
     """Say of each attention in IN, a .pt2, whether it would be fused, and if not, why and where."""
     aim = _target_of(target)
-    _check_places(source, dot, svg)
+    check_places(source, dot, svg)
     program = _read(source, modules, trust_input=trust_input)
     with stage("looking for attention"):
         _, report = pt2.rewrite(program, target=aim, custom_op=custom_op)
@@ -261,37 +253,6 @@ def _import(module: str) -> None:
 
 def _target_of(source: str | None) -> Target | None:
     return None if source is None else Target.parse(source)
-
-
-def _why_unverified(target: Target | None, *, custom_op: bool, no_verify: bool, rounded: bool) -> str:
-    if no_verify:
-        return "--no-verify was given"
-    if rounded:
-        return "--fp8-attention rounded operands; the report says how exact each site is"
-    if custom_op and target is not None and target.kind not in ("cpu", Target.current().kind):
-        return f"kernels for {target} cannot run on this machine"
-    return ""
-
-
-def _check_places(source: Path, *outputs: Path | None) -> None:
-    """Find out before the work, not after it, that a result has nowhere to go. Raises :class:`BadInput`."""
-    taken = {source.resolve(): "the input"}
-    for path in outputs:
-        if path is None:
-            continue
-        if path.resolve() in taken:
-            raise BadInput(f"{path} is {taken[path.resolve()]}; choose another place for the result")
-        if path.exists() and not path.is_file():
-            raise BadInput(f"cannot write {path}: it is not an ordinary file")
-        if not os.access(path.parent, os.W_OK):
-            raise BadInput(f"cannot write {path}: {path.parent} is not a directory that can be written to")
-        taken[path.resolve()] = "another output"
-
-
-def _document(report: Report, certificate: Certificate) -> str:
-    """The report as JSON, with how the result was verified and by which version it was made."""
-    known = {"attnfuse": __version__, **json.loads(report.to_json()), "verification": asdict(certificate)}
-    return json.dumps(known, indent=1)
 
 
 def _candidate_row(candidate: Candidate) -> tuple[str, ...]:
