@@ -86,7 +86,7 @@ def differentiated(
     s, dp, top, norm, delta, bits, b, h, m, n, rows, keys, scope,
     CORE: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """The weights that multiply value, and the gradient of the logits."""
+    """The weights that multiply value, those of the softmax, and the gradient of the logits."""
     u = logit_of_tile(s, b, h, m, n, rows, keys, scope, CORE, PLAN)
     weight = powers(u, top, PLAN) * norm
     used = weight
@@ -94,7 +94,7 @@ def differentiated(
         keep = kept(bits, n, PLAN)
         used = tl.where(keep, weight * PLAN.kept_scale, 0.0)
         dp = tl.where(keep, dp * PLAN.kept_scale, 0.0)
-    return used, weight * (dp - delta)
+    return used, weight, weight * (dp - delta)
 
 
 @triton.jit
@@ -240,8 +240,31 @@ def captured_scores(s, dx, b, h, i, n, rows, keys, scope, CORE: tl.constexpr, PL
 
 
 @triton.jit
+def summed_over_keys(s, weight, dx, b, h, i, n, rows, keys, scope, CORE: tl.constexpr, PLAN: tl.constexpr):
+    """What a tile has for :func:`balanced`: sums over its keys, ``[rows]``."""
+    found = tl.sum(captured_scores(s, dx, b, h, i, n, rows, keys, scope, CORE, PLAN), 1)
+    of_weight = tl.sum(captured_scores(s, weight, b, h, i, n, rows, keys, scope, CORE, PLAN), 1)
+    return found, of_weight, tl.sum(dx, 1)
+
+
+@triton.jit
+def balanced(total, of_weight, balance, due, flat, inside):
+    """The gradient that a row has for a captured tensor, as if ``delta`` had been exact.
+
+    ``total`` is that of the row's ``dx``, ``of_weight`` what its weights would have in their place. ``delta`` is of an
+    ``out`` that was rounded, and a half type's rounding adds up: in a row ``dx`` is off by a multiple of its weights. By
+    which shows in ``balance``, their sum, which should be zero, or ``due`` where a sink or the lse has a part of it.
+    """
+    if due is not None:
+        balance -= tl.load(due + flat, mask=inside, other=0.0)
+    # a row that keeps nothing, or a masked key of NaN, says nothing about delta
+    balance = tl.where(tl.abs(balance) < float("inf"), balance, 0.0)
+    return total - balance * of_weight
+
+
+@triton.jit
 def walk_keys(
-    dq, total, q, grad, keys_of, values_of, k_at, v_at, target, head, i,
+    dq, total, of_weight, balance, q, grad, keys_of, values_of, k_at, v_at, target, head, i,
     top, norm, delta, bits, b, h, first, last, rows, keys, scope, CORE: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys ``first..last-1`` to the gradient of a tile of rows, and to that of the captured tensor."""
@@ -253,10 +276,11 @@ def walk_keys(
         )
         s = tl.dot(q, k.trans(), input_precision=PLAN.precision)
         dp = tl.dot(grad, v.trans(), input_precision=PLAN.precision)
-        _, dx = differentiated(s, dp, top[:, None], norm[:, None], delta[:, None], bits[:, None], b, h, i[:, None], n,
-                               rows, keys, scope, CORE, PLAN)  # fmt: skip
+        _, weight, dx = differentiated(s, dp, top[:, None], norm[:, None], delta[:, None], bits[:, None], b, h,
+                                       i[:, None], n, rows, keys, scope, CORE, PLAN)  # fmt: skip
         if PLAN.reduce == "keys":
-            total += tl.sum(captured_scores(s, dx, b, h, i, n, rows, keys, scope, CORE, PLAN), 1)
+            sums = summed_over_keys(s, weight, dx, b, h, i, n, rows, keys, scope, CORE, PLAN)
+            total, of_weight, balance = total + sums[0], of_weight + sums[1], balance + sums[2]
         if PLAN.reduce == "heads":
             found = captured_scores(s, dx, b, h, i, n, rows, keys, scope, CORE, PLAN)
             place = (tl.cast(head, tl.int64) * rows + i)[:, None] * keys + n
@@ -264,17 +288,18 @@ def walk_keys(
             tl.store(target + place, found.to(target.dtype.element_ty), mask=inside)
         ds = pulled(s, dx, b, h, i[:, None], n, rows, keys, scope, CORE, PLAN)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PLAN.precision)
-    return dq, total
+    return dq, total, of_weight, balance
 
 
 @triton.jit
 def rows_gradient(
-    query, key, value, grad_out, grad_query, target, sums, strange, scope, seed,
+    query, key, value, grad_out, grad_query, target, due, sums, strange, scope, seed,
     q_at, k_at, v_at, g_at, dq_at, sizes, band, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Writes ``grad_query``, a tile of rows a program, and on the way ``target``, the gradient of a captured tensor.
 
-    ``PLAN.reduce`` "keys": ``target [b0, b1, h, m]``. "heads": ``target [b0, b1, h, m, n]``. "": there is none.
+    ``PLAN.reduce`` "keys": ``target [b0, b1, h, m]``, and ``due``, as :func:`balanced` has it, or None. "heads":
+    ``target [b0, b1, h, m, n]``. "": there is none.
     """
     _, heads, rows, keys, _ = sizes
     tiles = tl.cdiv(rows, PLAN.rows)
@@ -298,6 +323,7 @@ def rows_gradient(
     keys_of, values_of = placed(key, k_at, b, hk), placed(value, v_at, b, hk)
     dq = tl.full([PLAN.rows, PLAN.padded], 0.0, tl.float32)
     total = tl.full([PLAN.rows], 0.0, tl.float32)
+    of_weight, balance = total, total
 
     start, core_start, core_stop, stop = (
         first * 0,
@@ -318,24 +344,26 @@ def rows_gradient(
         start, stop = tl.where(everything, 0, start), tl.where(everything, keys, stop)
     core_stop = tl.maximum(core_stop, core_start)
     if PLAN.left:
-        dq, total = walk_keys(
-            dq, total, q, grad, keys_of, values_of, k_at, v_at, target, head, i,
+        dq, total, of_weight, balance = walk_keys(
+            dq, total, of_weight, balance, q, grad, keys_of, values_of, k_at, v_at, target, head, i,
             top, norm, delta, bits, b, h, start, core_start, rows, keys, scope, False, PLAN,
         )  # fmt: skip
-    dq, total = walk_keys(
-        dq, total, q, grad, keys_of, values_of, k_at, v_at, target, head, i,
+    dq, total, of_weight, balance = walk_keys(
+        dq, total, of_weight, balance, q, grad, keys_of, values_of, k_at, v_at, target, head, i,
         top, norm, delta, bits, b, h, core_start, core_stop, rows, keys, scope, True, PLAN,
     )  # fmt: skip
     if PLAN.right or not PLAN.even:
-        dq, total = walk_keys(
-            dq, total, q, grad, keys_of, values_of, k_at, v_at, target, head, i,
+        dq, total, of_weight, balance = walk_keys(
+            dq, total, of_weight, balance, q, grad, keys_of, values_of, k_at, v_at, target, head, i,
             top, norm, delta, bits, b, h, core_stop, stop, rows, keys, scope, False, PLAN,
         )  # fmt: skip
     store_tile(
         placed(grad_query, dq_at, b, h), dq_at, first, rows, dq * PLAN.factor, PLAN.rows, PLAN.width, PLAN.padded
     )
     if PLAN.reduce == "keys":
-        tl.store(target + tl.cast(head, tl.int64) * rows + i, total.to(target.dtype.element_ty), mask=i < rows)
+        flat = tl.cast(head, tl.int64) * rows + i
+        total = balanced(total, of_weight, balance, due, flat, i < rows)
+        tl.store(target + flat, total.to(target.dtype.element_ty), mask=i < rows)
 
 
 # --- dK and dV --------------------------------------------------------------------------------------
@@ -358,16 +386,16 @@ def walk_rows(
         if PLAN.upright:
             s = tl.dot(q, k.trans(), input_precision=PLAN.precision)
             dp = tl.dot(grad, v.trans(), input_precision=PLAN.precision)
-            used, dx = differentiated(s, dp, top[:, None], norm[:, None], delta[:, None], bits[:, None], b, h,
-                                      i[:, None], n[None, :], rows, keys, scope, CORE, PLAN)  # fmt: skip
+            used, _, dx = differentiated(s, dp, top[:, None], norm[:, None], delta[:, None], bits[:, None], b, h,
+                                         i[:, None], n[None, :], rows, keys, scope, CORE, PLAN)  # fmt: skip
             dv = tl.dot(used.to(grad.dtype).trans(), grad, dv, input_precision=PLAN.precision)
             ds = pulled(s, dx, b, h, i[:, None], n[None, :], rows, keys, scope, CORE, PLAN)
             dk = tl.dot(ds.to(q.dtype).trans(), q, dk, input_precision=PLAN.precision)
         else:
             s = tl.dot(k, q.trans(), input_precision=PLAN.precision)
             dp = tl.dot(v, grad.trans(), input_precision=PLAN.precision)
-            used, dx = differentiated(s, dp, top[None, :], norm[None, :], delta[None, :], bits[None, :], b, h,
-                                      i[None, :], n[:, None], rows, keys, scope, CORE, PLAN)  # fmt: skip
+            used, _, dx = differentiated(s, dp, top[None, :], norm[None, :], delta[None, :], bits[None, :], b, h,
+                                         i[None, :], n[:, None], rows, keys, scope, CORE, PLAN)  # fmt: skip
             dv = tl.dot(used.to(grad.dtype), grad, dv, input_precision=PLAN.precision)
             ds = pulled(s, dx, b, h, i[None, :], n[:, None], rows, keys, scope, CORE, PLAN)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PLAN.precision)
@@ -427,7 +455,7 @@ def captured_tile(
     query, key, value, grad_out, sums, scope, seed,
     q_at, k_at, v_at, g_at, head, m0, n0, b, h, hk, rows, keys, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """The gradient that one tile of scores has for a captured tensor, ``[rows, keys]``."""
+    """The gradient that one tile of scores has for a captured tensor, ``[rows, keys]``; by "keys" the sums of it."""
     i, top, norm, delta, bits = load_rows_of(sums, seed, head, m0, rows, b, h, PLAN)
     n = (n0 + tl.arange(0, PLAN.keys))[None, :]
     q = load_tile(placed(query, q_at, b, h), q_at, m0, rows, PLAN.rows, PLAN.width, PLAN.padded, not PLAN.even_rows)
@@ -440,21 +468,26 @@ def captured_tile(
     )
     s = tl.dot(q, k.trans(), input_precision=PLAN.precision)
     dp = tl.dot(grad, v.trans(), input_precision=PLAN.precision)
-    _, dx = differentiated(s, dp, top[:, None], norm[:, None], delta[:, None], bits[:, None], b, h, i[:, None], n,
-                           rows, keys, scope, False, PLAN)  # fmt: skip
-    return captured_scores(s, dx, b, h, i, n, rows, keys, scope, False, PLAN)
+    _, weight, dx = differentiated(s, dp, top[:, None], norm[:, None], delta[:, None], bits[:, None], b, h, i[:, None],
+                                   n, rows, keys, scope, False, PLAN)  # fmt: skip
+    if PLAN.reduce == "keys":
+        found = summed_over_keys(s, weight, dx, b, h, i, n, rows, keys, scope, False, PLAN)
+    else:
+        found = captured_scores(s, dx, b, h, i, n, rows, keys, scope, False, PLAN)
+    return found
 
 
 @triton.jit
 def captured_gradient(
-    query, key, value, grad_out, target, sums, strange, scope, seed,
+    query, key, value, grad_out, target, due, sums, strange, scope, seed,
     q_at, k_at, v_at, g_at, sizes, band, reduced, PLAN: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one captured tensor, in sums over what its tiles share.
 
     ``PLAN.reduce`` "heads": a program has one tile of scores and sums the ``reduced`` heads (batches included), which
     lie ``sizes[4]`` apart; ``target [heads that stay, m, n]``. "keys": a program has a tile of rows and sums all keys;
-    ``target [b0, b1, h, m]``. "rows": the other way round; ``target [b0, b1, h, n]``.
+    ``target [b0, b1, h, m]``, ``due`` as :func:`balanced` has it, or None. "rows": the other way round; ``target [b0,
+    b1, h, n]``.
     """
     _, _, rows, keys, apart = sizes
     work = tl.program_id(0)
@@ -484,59 +517,22 @@ def captured_gradient(
             everything = tl.load(strange) != 0
             start, stop = tl.where(everything, 0, start), tl.where(everything, keys, stop)
         total = tl.full([PLAN.rows], 0.0, tl.float32)
+        of_weight, balance = total, total
         for n0 in range(start, stop, PLAN.keys):
-            found = captured_tile(
-                query,
-                key,
-                value,
-                grad_out,
-                sums,
-                scope,
-                seed,
-                q_at,
-                k_at,
-                v_at,
-                g_at,
-                head,
-                m0,
-                n0,
-                b,
-                h,
-                hk,
-                rows,
-                keys,
-                PLAN,
-            )
-            total += tl.sum(found, 1)
+            found = captured_tile(query, key, value, grad_out, sums, scope, seed,
+                                  q_at, k_at, v_at, g_at, head, m0, n0, b, h, hk, rows, keys, PLAN)  # fmt: skip
+            total, of_weight, balance = total + found[0], of_weight + found[1], balance + found[2]
         i = m0 + tl.arange(0, PLAN.rows)
-        tl.store(target + tl.cast(head, tl.int64) * rows + i, total.to(target.dtype.element_ty), mask=i < rows)
+        flat = tl.cast(head, tl.int64) * rows + i
+        total = balanced(total, of_weight, balance, due, flat, i < rows)
+        tl.store(target + flat, total.to(target.dtype.element_ty), mask=i < rows)
     else:
         n0, head = work % key_tiles * PLAN.keys, work // key_tiles
         b, h, hk = decoded(head, sizes, PLAN)
         total = tl.full([PLAN.keys], 0.0, tl.float32)
         for m0 in range(0, rows, PLAN.rows):
-            found = captured_tile(
-                query,
-                key,
-                value,
-                grad_out,
-                sums,
-                scope,
-                seed,
-                q_at,
-                k_at,
-                v_at,
-                g_at,
-                head,
-                m0,
-                n0,
-                b,
-                h,
-                hk,
-                rows,
-                keys,
-                PLAN,
-            )
+            found = captured_tile(query, key, value, grad_out, sums, scope, seed,
+                                  q_at, k_at, v_at, g_at, head, m0, n0, b, h, hk, rows, keys, PLAN)  # fmt: skip
             total += tl.sum(found, 0)
         j = n0 + tl.arange(0, PLAN.keys)
         tl.store(target + tl.cast(head, tl.int64) * keys + j, total.to(target.dtype.element_ty), mask=j < keys)

@@ -18,6 +18,7 @@ from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton.differentiating import MOST_TURNS, Launches, Reduction, launches_of
 from attnfuse.kernels.triton.launch import on_device, options_of
 from attnfuse.kernels.triton.memory import Memory, capture_strides, memory_of
+from attnfuse.kernels.triton.plan import BackwardPlan
 from attnfuse.kernels.triton.planning import precision_of
 from attnfuse.reference import Scope, evaluate, seed_of
 from attnfuse.score import Capture
@@ -159,7 +160,8 @@ class Gradients:
         found = _like(self.query, self.batch, self.query.dtype)
         target = None if rider is None else self._room(*rider)
         rows_gradient[(-(-self.query.shape[-2] // plan.rows) * self.heads,)](
-            self.query, self.key, self.value, self.grad_out, found, target, *sums.read, self.scope, self.seed,
+            self.query, self.key, self.value, self.grad_out, found, target, self._due(plan, sums), *sums.read,
+            self.scope, self.seed,
             *map(self.strides, (self.query, self.key, self.value, self.grad_out, found)), self.sizes, self.band, plan,
             **options_of(plan.schedule),
         )  # fmt: skip
@@ -196,6 +198,16 @@ class Gradients:
             found = found + part
         return found.to(capture.dtype)
 
+    def _due(self, plan: BackwardPlan, sums: Sums) -> Tensor | None:
+        """What the gradients of a row's logits sum to, ``[*B, H, M]``; None for zero, or where nobody asks."""
+        if plan.reduce != "keys":
+            return None
+        of_lse, of_sink = self.residual.grad_lse, sums.sink
+        of_lse = None if of_lse is None else of_lse.to(torch.float32).contiguous()
+        if of_sink is None:
+            return of_lse
+        return -of_sink if of_lse is None else of_lse - of_sink
+
     def _room(self, slot: int, reduction: Reduction) -> Tensor:
         """What a reduction writes: scores in the tensor's own type, sums in float32 if there is more to sum."""
         capture = self.captures[slot]
@@ -224,8 +236,8 @@ class Gradients:
         tiles = {"heads": row_tiles * key_tiles, "keys": row_tiles, "rows": key_tiles}[reduction.over]
         target = self._room(slot, reduction)
         captured_gradient[(tiles * reduction.stays,)](
-            self.query, self.key, self.value, self.grad_out, target, *sums.read, self.scope, self.seed,
-            *map(self.strides, (self.query, self.key, self.value, self.grad_out)),
+            self.query, self.key, self.value, self.grad_out, target, self._due(plan, sums), *sums.read, self.scope,
+            self.seed, *map(self.strides, (self.query, self.key, self.value, self.grad_out)),
             (*self.sizes[:4], reduction.apart), self.band, reduction.turns, plan, **options_of(plan.schedule),
         )  # fmt: skip
         return _reduced(target, self.captures[slot].shape)
