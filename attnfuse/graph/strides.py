@@ -55,8 +55,10 @@ def matters(node: Node, ignored: Collection[Node] = ()) -> bool:
 
 def laid_out_like(builder: Builder, node: Node, source: Node) -> Node:
     """``node`` with its dimensions in the order in memory that those of ``source`` have; itself where they are."""
-    wanted = facts.tensor(source)
-    if facts.tensor(node).stride() == wanted.stride():
+    found, wanted = facts.tensor(node), facts.tensor(source)
+    # no element is a step away along a dimension of one, whatever its stride says
+    steps = zip(wanted.shape, found.stride(), wanted.stride(), strict=True)
+    if all((isinstance(size, int) and size == 1) or have == want for size, have, want in steps):
         return node
     return ordered(builder, node, memory_order(wanted.stride()))
 

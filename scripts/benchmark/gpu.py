@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from benchmark.byhand import Tensors
 from benchmark.cases import VARIANTS, Case, Variant
 from benchmark.peers import OURS, PEERS
 
-__all__ = ["GpuCase", "GpuRow", "gpu_cases", "interleaved", "measure_gpu", "to_compile"]
+__all__ = ["GpuCase", "GpuRow", "gpu_cases", "interleaved", "measure_gpu", "seconds", "to_compile"]
 
 HEADS, WIDTH, LENGTH, TOKENS = 32, 128, 4096, 8192
 #: Decoding's numbers of keys, one query row each, and its batch.
@@ -188,13 +189,21 @@ def _graphed(step: Call) -> Call:
 
 
 def interleaved(calls: dict[str, Call]) -> dict[str, float]:
-    """Milliseconds of each call: medians of rounds in which each has its turn."""
-    repeats = {name: max(1, math.ceil(SECONDS / _seconds(call, 3))) for name, call in calls.items()}
-    rounds = [{name: _seconds(call, repeats[name]) for name, call in calls.items()} for _ in range(ROUNDS)]
+    """Milliseconds of each call: medians of rounds in which each has its turn, in an order of the round's own.
+
+    The clock of a device that is short of power depends on what ran before.
+    """
+    repeats = {name: max(1, math.ceil(SECONDS / seconds(call, 3))) for name, call in calls.items()}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    rounds: list[dict[str, float]] = []
+    for _ in range(ROUNDS):
+        shuffle(order)
+        rounds.append({name: seconds(calls[name], repeats[name]) for name in order})
     return {name: statistics.median(each[name] for each in rounds) * 1e3 for name in calls}
 
 
-def _seconds(call: Call, repeats: int) -> float:
+def seconds(call: Call, repeats: int) -> float:
+    """Seconds of a call, by the device's clock, one after another so many times."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeats):

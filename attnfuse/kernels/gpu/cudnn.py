@@ -22,6 +22,11 @@ from attnfuse.target import Target
 __all__ = ["Cudnn"]
 
 WIDEST = 128
+#: Zero, and no zero of anyone else's. torch 2.11 remembers plans of cuDNN's backward by the bytes of the dropout's
+#: probability and by the strides of query, key and value, not by those of out and its gradient, which are part of a
+#: plan too: after another call of the same sizes, whose gradient lay otherwise, one would be read in the wrong order.
+#: Ours lie in one way always, and plans with this probability are ours.
+OWN_ZERO = -0.0
 
 
 @kernel
@@ -94,10 +99,11 @@ class Cudnn(Sdpa):
             out, lse = _forward(spec, query, key, value, with_lse=True)
         query_4d, key_4d, value_4d = (_dense(four_d(x, batch)) for x in (query, key, value))
         grad_4d, out_4d = (_tokens_first(four_d(x, batch)) for x in (grad_out, out))
-        nothing = torch.zeros((), dtype=torch.int64, device=query.device)
+        # the seed and offset of a dropout that there is not
+        nothing = query.new_empty((), dtype=torch.int64)
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            grad_4d, query_4d, key_4d, _padded(value_4d), out_4d, lse.reshape(*query_4d.shape[:3], 1), nothing, nothing,
-            None, None, None, query.shape[-2], key.shape[-2], 0.0, is_causal(spec), scale=scale_of(spec),
+            grad_4d, query_4d, key_4d, value_4d, out_4d, lse.reshape(*query_4d.shape[:3], 1), nothing, nothing,
+            None, None, None, query.shape[-2], key.shape[-2], OWN_ZERO, is_causal(spec), scale=scale_of(spec),
         )  # fmt: skip
         wanted = zip(grads, (query, key, value), needs[:3], strict=True)
         return (*(summed(grad, x, batch) if need else None for grad, x, need in wanted), *(None for _ in captures))
@@ -132,22 +138,6 @@ def _forward(
     )
     out = out.view(*batch, *out.shape[-3:])
     return out, lse.reshape(query.shape[:-1]) if with_lse else lse
-
-
-#: Elements between two rows of value that are nobody's.
-GAP = 8
-
-
-def _padded(value: Tensor) -> Tensor:
-    """A copy whose rows lie further apart than anyone else's.
-
-    torch 2.11 remembers plans of cuDNN's backward by the strides of query, key and value, and not by those of out and
-    its gradient, which are part of a plan: after another call of the same sizes, whose gradient lay otherwise, one
-    would be read in the wrong order. Ours lie in one way always, and a plan for these strides is ours.
-    """
-    batch, heads, length, width = value.shape
-    room = value.new_empty((batch, length, heads, width + GAP))
-    return room[..., :width].transpose(1, 2).copy_(value)
 
 
 def _tokens_first(tensor: Tensor) -> Tensor:
