@@ -86,7 +86,9 @@ def bench(
     if blocks:
         content, targets = _bench_blocks(device, _words(only))
     elif device == "cuda":
-        content, targets = _bench_models(only, steps) if whole else _bench_gpu(only, lengths, widths, steps, plot)
+        content, targets = (
+            _bench_models(only, steps, json) if whole else _bench_gpu(only, lengths, widths, steps, plot, json)
+        )
     elif cost:
         content, targets = _bench_cost(QUICK_LAYERS if quick else LAYERS, inductor_layers)
     else:
@@ -143,21 +145,24 @@ def _bench_rows(
     for case in track(todo, "measuring", console=err):
         rows.append(_in_fresh_process(measure, case, effort))
         err.print(as_line(rows[-1]), highlight=False)
-        if json is not None:  # all rows take most of an hour: what is interrupted keeps those it has
-            json.write_text(as_json({"rows": rows}, []))
+        _keep(json, {"rows": rows})
     out.print(as_table(rows))
     _print_absent(rows)
     return {"rows": rows}, [*speed(rows), *growth(rows)]
 
 
 def _bench_gpu(
-    only: str, lengths: str, widths: str, steps: str, plot: Path | None
+    only: str, lengths: str, widths: str, steps: str, plot: Path | None, json: Path | None
 ) -> tuple[dict[str, Sequence[Any]], list[Target]]:
     names = _known("variant", only, [variant.name for variant in VARIANTS])
     lengths_of, widths_of = (tuple(map(_length, _words(listed))) for listed in (lengths, widths))
     todo = gpu_cases(names, lengths_of, widths_of, _known("step", steps, STEPS))
     _compile_ahead(to_compile(todo))
-    rows = [measure_gpu(case) for case in track(todo, "measuring", console=err)]
+    rows: list[GpuRow] = []
+    for case in track(todo, "measuring", console=err):
+        rows.append(measure_gpu(case))
+        err.print(gpu_table.as_line(rows[-1]), highlight=False)
+        _keep(json, {"rows": rows})
     out.print(gpu_table.as_table(rows))
     _print_absent(rows)
     if plot is not None:
@@ -165,20 +170,34 @@ def _bench_gpu(
     return {"rows": rows}, gpu_table.targets(rows)
 
 
-def _bench_models(only: str, steps: str) -> tuple[dict[str, Sequence[Any]], list[Target]]:
+def _bench_models(only: str, steps: str, json: Path | None) -> tuple[dict[str, Sequence[Any]], list[Target]]:
+    _need_gpu()
     todo = models.model_cases(_known("model", only, models.MODELS), _known("step", steps, STEPS))
-    _compile_ahead(models.to_compile(todo))
-    rows = [models.measure_model(case) for case in track(todo, "measuring", console=err)]
+    rows: list[ModelRow] = []
+    for row in track(models.measure_models(todo), "measuring", len(todo), console=err):
+        rows.append(row)
+        err.print(models.as_line(row), highlight=False)
+        _keep(json, {"models": rows})
     out.print(models.as_table(rows))
     _print_absent(rows)
     return {"models": rows}, models.targets(rows)
 
 
+def _keep(json: Path | None, content: dict[str, Sequence[Any]]) -> None:
+    """What is interrupted keeps the rows that it has."""
+    if json is not None:
+        json.write_text(as_json(content, []))
+
+
 def _compile_ahead(tasks: dict[str, Prepare]) -> None:
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("there is no GPU that torch can use", param_hint="--device")
+    _need_gpu()
     for failure in compile_ahead(tasks):
         err.print(f"compiling ahead failed: {failure}", highlight=False)
+
+
+def _need_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("there is no GPU that torch can use", param_hint="--device")
 
 
 def _print_absent(rows: Sequence[Row | GpuRow | ModelRow]) -> None:

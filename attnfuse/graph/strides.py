@@ -58,7 +58,7 @@ def laid_out_like(builder: Builder, node: Node, source: Node) -> Node:
     found, wanted = facts.tensor(node), facts.tensor(source)
     # no element is a step away along a dimension of one, whatever its stride says
     steps = zip(wanted.shape, found.stride(), wanted.stride(), strict=True)
-    if all((isinstance(size, int) and size == 1) or have == want for size, have, want in steps):
+    if all((type(size) is int and size == 1) or have == want for size, have, want in steps):
         return node
     return ordered(builder, node, memory_order(wanted.stride()))
 

@@ -14,7 +14,7 @@ import gc
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -27,7 +27,7 @@ from benchmark.byhand import Tensors
 from benchmark.cases import VARIANTS, Case, Variant
 from benchmark.peers import OURS, PEERS
 
-__all__ = ["GpuCase", "GpuRow", "gpu_cases", "interleaved", "measure_gpu", "seconds", "to_compile"]
+__all__ = ["GpuCase", "GpuRow", "gpu_cases", "in_turn", "interleaved", "measure_gpu", "seconds", "to_compile"]
 
 HEADS, WIDTH, LENGTH, TOKENS = 32, 128, 4096, 8192
 #: Decoding's numbers of keys, one query row each, and its batch.
@@ -189,17 +189,23 @@ def _graphed(step: Call) -> Call:
 
 
 def interleaved(calls: dict[str, Call]) -> dict[str, float]:
-    """Milliseconds of each call: medians of rounds in which each has its turn, in an order of the round's own.
+    """Milliseconds of each call: :func:`in_turn`."""
+    return in_turn({name: partial(seconds, call) for name, call in calls.items()}, SECONDS)
 
-    The clock of a device that is short of power depends on what ran before.
+
+def in_turn(clocks: Mapping[str, Callable[[int], float]], least: float) -> dict[str, float]:
+    """Milliseconds by each clock: medians of rounds in which each has its turn, in an order of the round's own.
+
+    A clock is given how often to call, and says how many seconds a call took; a turn takes ``least`` seconds. The clock
+    of a device that is short of power depends on what ran before.
     """
-    repeats = {name: max(1, math.ceil(SECONDS / seconds(call, 3))) for name, call in calls.items()}
-    order, shuffle = list(calls), random.Random(0).shuffle
+    repeats = {name: max(1, math.ceil(least / clock(3))) for name, clock in clocks.items()}
+    order, shuffle = list(clocks), random.Random(0).shuffle
     rounds: list[dict[str, float]] = []
     for _ in range(ROUNDS):
         shuffle(order)
-        rounds.append({name: seconds(calls[name], repeats[name]) for name in order})
-    return {name: statistics.median(each[name] for each in rounds) * 1e3 for name in calls}
+        rounds.append({name: clocks[name](repeats[name]) for name in order})
+    return {name: statistics.median(each[name] for each in rounds) * 1e3 for name in clocks}
 
 
 def seconds(call: Call, repeats: int) -> float:

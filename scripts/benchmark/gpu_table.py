@@ -13,7 +13,7 @@ from benchmark.gpu import GpuRow
 from benchmark.peers import OURS, PEERS
 from benchmark.targets import Target
 
-__all__ = ["as_table", "plot", "targets"]
+__all__ = ["as_line", "as_table", "plot", "targets"]
 
 #: Where a mask hides scores, and where of all peers only flex computes the program without a tensor for each score.
 MASKED, ONLY_FLEX = ("llama", "softcap", "alibi", "window", "sinks"), ("softcap", "alibi")
@@ -38,6 +38,12 @@ def as_table(rows: Sequence[GpuRow]) -> Table:
         case = (row.case.name, str(row.case.length), str(row.case.width), "fwd+bwd" if row.case.training else "fwd")
         table.add_row(*case, *(_cell(row, peer) for peer in PEERS), f"{ratio(row):.2f}", row.kernel)
     return table
+
+
+def as_line(row: GpuRow) -> str:
+    """One row, as soon as it is known."""
+    figures = (f"{peer} {_cell(row, peer)}" for peer in PEERS if peer in row.milliseconds)
+    return f"{row.case}: {', '.join(figures)}; {ratio(row):.3f} of the best, {row.kernel}"
 
 
 def _cell(row: GpuRow, peer: str) -> str:

@@ -1,16 +1,21 @@
 """Whole models on a GPU, four layers at full width: attnfuse on the eager model beside models rewritten by hand.
 
-By hand is ``attn_implementation="sdpa"`` or ``"flex_attention"`` under Inductor, which transformers brings. Weights and
-inputs are the same for all peers; the error is that of the output against float64, ``norm(found - true) / norm(true)``.
+By hand is ``attn_implementation="sdpa"`` or ``"flex_attention"`` under Inductor, which transformers brings. Each peer
+of each model has a process of its own, all of which compile at the same time; when they are ready, those of one model
+are timed in turn. Weights and inputs are the same for all peers; the error is that of the output of the first batch
+against float64, ``norm(found - true) / norm(true)``.
 """
 
 from __future__ import annotations
 
-import copy
 import gc
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -18,12 +23,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from attnfuse.backend import attnfuse
-from benchmark.ahead import Prepare
-from benchmark.gpu import interleaved
+from benchmark.gpu import in_turn, seconds
 from benchmark.peers import OURS
 from benchmark.targets import Target
+from benchmark.workers import Absent, Answers, Worker, ready
 
-__all__ = ["MODELS", "ModelCase", "ModelRow", "as_table", "measure_model", "model_cases", "targets", "to_compile"]
+__all__ = ["MODELS", "ModelCase", "ModelRow", "as_line", "as_table", "measure_models", "model_cases", "targets"]
 
 _COMMON: dict[str, Any] = {"num_hidden_layers": 4, "use_cache": False, "vocab_size": 32000}
 #: By name: architecture, what its configuration says, batch and length.
@@ -53,15 +58,14 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         (8, 2048),
     ),
 }  # fmt: skip
-#: By name: how attention is written, the backend, and its mode.
-PEERS: dict[str, tuple[str, Any, str | None]] = {
-    "inductor": ("eager", "inductor", None),
-    "SDPA + inductor": ("sdpa", "inductor", None),
-    "flex + inductor": ("flex_attention", "inductor", None),
-    OURS: ("eager", attnfuse, None),
-    f"{OURS}, reduce-overhead": ("eager", attnfuse, "reduce-overhead"),
+#: By name: how attention is written, and the backend.
+PEERS: dict[str, tuple[str, Any]] = {
+    "SDPA + inductor": ("sdpa", "inductor"),
+    "flex + inductor": ("flex_attention", "inductor"),
+    OURS: ("eager", attnfuse),
 }
-BY_HAND = ("SDPA + inductor", "flex + inductor")
+#: Seconds of a peer's turn, and processor seconds to wait for all that compile.
+TURN, PATIENCE = 0.1, 1600.0
 
 Call = Callable[[], Tensor]
 
@@ -106,45 +110,74 @@ def model_cases(names: tuple[str, ...], steps: tuple[str, ...]) -> list[ModelCas
     return [ModelCase(name, each) for name in names or tuple(MODELS) for each in training]
 
 
-def to_compile(cases: list[ModelCase]) -> dict[str, Prepare]:
-    """What is compiled ahead of these rows."""
-    return {f"{case}: {peer}": partial(_prepared, peer, case) for case in cases for peer in PEERS}
-
-
-def _prepared(peer: str, case: ModelCase) -> Call:
-    return _step(peer, case, *case.make())
-
-
-def measure_model(case: ModelCase) -> ModelRow:
-    """The row of a model: speed, memory and error."""
-    model, given = case.make()
-    with torch.no_grad():
-        true = copy.deepcopy(model).double()(**given).last_hidden_state
-    row = ModelRow(case, {}, {}, {})
-    for peer in PEERS:
-        torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+def measure_models(cases: Sequence[ModelCase]) -> Iterator[ModelRow]:
+    """The rows of models, each as it comes: speed, memory and error."""
+    with TemporaryDirectory() as folder:
+        truths = {name: Path(folder) / name for name in dict.fromkeys(case.name for case in cases)}
+        exact = {name: Worker(partial(_exact, name, path)) for name, path in truths.items()}
+        peers = {key: Worker(partial(_prepared, *key)) for key in product(cases, PEERS)}
         try:
-            call = _step(peer, case, model, given)
-            row.errors[peer] = float((call().detach().double() - true).norm() / true.norm())
-            for _ in range(2):
-                call()
-            row.gigabytes[peer] = _peak(call)
-            # one by one: the compiled code of a peer ends with the reset before the next
-            row.milliseconds[peer] = interleaved({peer: call})[peer]
-        except Exception as error:  # noqa: BLE001 - a peer's failure is a result, and is printed as one
-            row.absent[peer] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            ready({**exact, **peers}, PATIENCE / (os.cpu_count() or 1))
+            for worker in exact.values():
+                worker.end()
+            for case in cases:
+                yield _row(case, {peer: peers[case, peer] for peer in PEERS}, truths[case.name])
+        finally:
+            for worker in (*exact.values(), *peers.values()):
+                worker.end()
+
+
+def _row(case: ModelCase, workers: dict[str, Worker], truth: Path) -> ModelRow:
+    row = ModelRow(case, {}, {}, {})
+    for peer, worker in workers.items():
+        _look(row, peer, worker, truth)
+    clocks = {peer: partial(workers[peer].ask, "seconds") for peer in row.gigabytes}
+    row.milliseconds.update(in_turn(clocks, TURN))
+    for worker in workers.values():
+        worker.end()
     return row
 
 
+def _look(row: ModelRow, peer: str, worker: Worker, truth: Path) -> None:
+    try:
+        row.errors[peer], row.gigabytes[peer] = worker.ask("error", truth), worker.ask("peak")
+    except Absent as reason:
+        row.absent[peer] = str(reason)
+
+
+def _exact(name: str, path: Path) -> Answers:
+    """Writes the output of the first batch in float64."""
+    model, given = ModelCase(name, training=False).make()
+    with torch.no_grad():
+        out = model.double()(**{key: x[:1] for key, x in given.items()}).last_hidden_state
+    torch.save(out.cpu(), path)
+    return {}
+
+
+def _prepared(case: ModelCase, peer: str) -> Answers:
+    """Compiled and called; what is not held is given back, since all processes share the GPU."""
+    # the processes are the parallelism
+    torch._inductor.config.compile_threads = 1
+    call = _step(peer, case, *case.make())
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return {"seconds": partial(seconds, call), "peak": partial(_peak, call), "error": partial(_error, call)}
+
+
+def _error(call: Call, truth: Path) -> float:
+    true = torch.load(truth)
+    return float((call()[:1].detach().double().cpu() - true).norm() / true.norm())
+
+
 def _step(peer: str, case: ModelCase, model: nn.Module, given: dict[str, Tensor]) -> Call:
-    written, backend, mode = PEERS[peer]
+    written, backend = PEERS[peer]
     cast("Any", model).set_attn_implementation(written)
-    compiled = torch.compile(model, backend=backend, mode=mode, dynamic=False)
+    compiled = torch.compile(model, backend=backend, dynamic=False)
 
     def forward() -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
         out: Tensor = compiled(**given).last_hidden_state
         return out
 
@@ -182,6 +215,12 @@ def as_table(rows: list[ModelRow]) -> Table:
     return table
 
 
+def as_line(row: ModelRow) -> str:
+    """One row, as soon as it is known."""
+    figures = (f"{peer} {_cell(row, peer)}" for peer in PEERS)
+    return f"{row.case}: {'; '.join(figures)} (milliseconds, GB, error)"
+
+
 def _cell(row: ModelRow, peer: str) -> str:
     if peer not in row.milliseconds:
         return "-"
@@ -193,7 +232,7 @@ def targets(rows: list[ModelRow]) -> list[Target]:
     found = []
     for row in rows:
         for what, figures in (("time", row.milliseconds), ("memory", row.gigabytes)):
-            by_hand = [figures[peer] for peer in BY_HAND if peer in figures]
+            by_hand = [figures[peer] for peer in PEERS if peer != OURS and peer in figures]
             if by_hand and OURS in figures:
                 found.append(Target(f"{what} / by hand", figures[OURS] / min(by_hand), 1.0, where=str(row.case)))
     return found

@@ -252,8 +252,9 @@ def balanced(total, of_weight, balance, due, flat, inside):
     """The gradient that a row has for a captured tensor, as if ``delta`` had been exact.
 
     ``total`` is that of the row's ``dx``, ``of_weight`` what its weights would have in their place. ``delta`` is of an
-    ``out`` that was rounded, and a half type's rounding adds up: in a row ``dx`` is off by a multiple of its weights. By
-    which shows in ``balance``, their sum, which should be zero, or ``due`` where a sink or the lse has a part of it.
+    ``out`` that was rounded, so ``dx`` is off by a multiple of the row's weights, and a sum over many scores collects
+    that. The multiple is seen in ``balance``, the sum of ``dx``: it should be zero, or ``due`` where a sink or the lse
+    takes part.
     """
     if due is not None:
         balance -= tl.load(due + flat, mask=inside, other=0.0)
