@@ -1,47 +1,83 @@
-"""A few small launches of every body, for compute-sanitizer to watch; it says itself what it found.
+"""A few small launches of every Triton body, for compute-sanitizer to watch; it says itself what it found.
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.gpu.sanitized
+Compile first, in parallel: under the sanitizer a compilation takes as long as all the rest::
+
+    for what in $(python -m tests.gpu.sanitized --list); do python -m tests.gpu.sanitized $what & done; wait
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.gpu.sanitized
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 
-from attnfuse.kernels import lookup
+from attnfuse.kernels.triton.launch import attend
 from attnfuse.op import attention
-from attnfuse.target import Target
-from tests.kernels.cases import SPECS, Case, Sizes, case
+from tests.kernels.cases import SPECS, Sizes, case
+from tests.kernels.triton.interpreted_tiles import setting
+from tests.kernels.triton.test_gpu_float8 import of, on_gpu
 
-KERNELS = ("triton", "gluon")
-#: Ragged on both sides, with key heads that are shared.
-SIZES = (Sizes((1,), 2, 1, 150, 171, 64, 64), Sizes((2,), 2, 2, 1, 300, 128, 128))
-NAMES = ("scaled", "causal", "window", "bias", "alibi", "softcap, causal", "sink, finite fill", "dropout")
+#: Ragged on both sides, with key heads that are shared; keys that are split.
+RAGGED, ONE_ROW = Sizes((1,), 2, 1, 150, 171, 64, 64), Sizes((2,), 2, 1, 1, 700, 128, 128)
 
 
-def run(given: Case, kernel: str) -> bool:
-    """Forward and backward of a case; whether the kernel takes it."""
+def both_ways(name: str) -> None:
+    """Forward and backward of a spec."""
+    given = case(SPECS[name], RAGGED, torch.bfloat16)
     operands = [x.cuda().requires_grad_(x.is_floating_point()) for x in given.operands]
-    if lookup(kernel).reasons_against(given.leaves().problem(), Target.of(torch.device("cuda"))):
-        return False
-    out, lse = attention(*operands[:3], operands[3:], [], given.spec.to_text(), kernel, True)
+    out, lse = attention(*operands[:3], operands[3:], [], given.spec.to_text(), "triton", True)
     leaves = [x for x in operands if x.requires_grad]
-    torch.autograd.grad([out, lse], leaves, [torch.randn_like(out), torch.zeros_like(lse)], allow_unused=True)
-    torch.cuda.synchronize()
-    return True
+    ones = [torch.ones_like(out), torch.zeros_like(lse)]
+    torch.autograd.grad([out, lse], leaves, ones, allow_unused=True)
+
+
+def decoding() -> None:
+    """One row, its keys split and merged."""
+    given = case(SPECS["scaled"], ONE_ROW, torch.bfloat16)
+    attention(*(x.cuda() for x in given.operands[:3]), [], [], given.spec.to_text(), "triton")
+
+
+def float8() -> None:
+    """A forward of float8, value as it is and transposed."""
+    dtype = torch.float8_e4m3fn
+    given = case(of("scale of each head", "float8_e4m3fn", rounded=True), RAGGED, torch.float32)
+    given = replace(given, key=given.key[:, :, :160], value=given.value[:, :, :160])
+    for minor in ("d", "n"):
+        moved = on_gpu(given, dtype, dtype, minor)
+        attend(moved.spec, *moved.operands[:3], moved.captures, [])
+
+
+def lists() -> None:
+    """Lists of tiles, by ranges and score by score."""
+    for name in ("documents", "blocks of each head"):
+        given = setting(name, "open", 50, 150)
+        given.listing.launcher(torch.device("cuda"))([x.cuda() for x in given.captures])
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {
+    **{
+        name.replace(",", "").replace(" ", "-"): partial(both_ways, name)
+        for name in ("causal", "alibi", "bias", "sink, finite fill", "dropout", "softcap, causal")
+    },
+    "decoding": decoding,
+    "float8": float8,
+    "lists": lists,
+}
 
 
 def main() -> None:
-    """Runs all there are."""
-    done = [
-        f"{kernel}: {name}"
-        for kernel in KERNELS
-        for name in NAMES
-        for sizes in SIZES
-        if run(case(SPECS[name], sizes, torch.bfloat16), kernel)
-    ]
-    sys.stdout.write(f"{len(done)} forwards and backwards\n")
+    """Runs those that are named, or all."""
+    if "--list" in sys.argv:
+        sys.stdout.write(" ".join(LAUNCHES) + "\n")
+        return
+    for name in sys.argv[1:] or LAUNCHES:
+        LAUNCHES[name]()
+        torch.cuda.synchronize()
+        sys.stdout.write(f"{name}: launched\n")
 
 
 if __name__ == "__main__":
