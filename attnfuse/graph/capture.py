@@ -26,6 +26,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from attnfuse.graph import facts
 from attnfuse.graph.closed import Closed
+from attnfuse.graph.fixed import fixed
 from attnfuse.graph.flex import is_flex
 from attnfuse.graph.mirror import Mirror
 from attnfuse.graph.state import State
@@ -37,6 +38,8 @@ __all__ = ["Captured", "capture", "fake_mode_of"]
 class Captured:
     """``module`` is edited, ``aten`` is read; ``home`` leads from a node of ``aten`` to the one whose value it is.
 
+    ``fixed`` are values of ``aten`` that numbers alone decide, as far as somebody has asked.
+
     Values inside one call of ``module``, such as multi_head_attention_forward, have no home until it is opened. Where
     ``aten`` is the edited graph, a node is its own home unless it was replaced.
     """
@@ -46,6 +49,7 @@ class Captured:
     home: dict[Node, Node]
     closed: Mapping[Node, Closed]
     state: State = field(default_factory=State)
+    fixed: dict[Node, Tensor | None] = field(default_factory=dict)
 
     @property
     def is_aten(self) -> bool:
@@ -69,7 +73,11 @@ class Captured:
 
     def constant(self, node: Node) -> Tensor | None:
         """The value that a node of ``aten`` has for good; None where it may have another."""
-        return self.state.constants.get(node.name) if self.is_aten and node.op == "placeholder" else None
+        if node.op == "placeholder":
+            return self.state.constants.get(node.name) if self.is_aten else None
+        if node not in self.fixed:
+            self.fixed[node] = fixed(node)
+        return self.fixed[node]
 
     def place_of(self, node: Node) -> Node | None:
         """The edited graph's node with the value of a node of ``aten``, where no call must be opened for it."""

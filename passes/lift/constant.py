@@ -76,13 +76,13 @@ def _literal(value: Tensor) -> Const:
 
 
 def _line(values: Tensor, _: int, start: int) -> Expr | None:
-    """``a * column + b``: positions."""
+    """``a * column + b``: positions; equal numbers are no positions."""
     if values.dtype not in (torch.int64, torch.int32) or values.shape[1] < 2:
         return None
     step = int(values[0, 1] - values[0, 0])
     offset = int(values[0, 0]) - step * start
     column = torch.arange(start, start + values.shape[1])
-    if not bool((values[0] == step * column + offset).all()):
+    if step == 0 or not bool((values[0] == step * column + offset).all()):
         return None
     return apply("add", apply("mul", Const(step), COLUMN), Const(offset))
 

@@ -49,6 +49,7 @@ def value_of(tensor: Tensor, starts: tuple[int, ...] | None = None) -> tuple[str
         ((torch.block_diag(*[torch.ones(4, 4)] * 3) > 0).tril(), "(m // 4 == n // 4) & (n <= m + 0)"),
         (torch.arange(3, 27, 2), "2 * n + 3"),
         (torch.full((5, 7), 2.5), "2.5"),
+        (torch.full((1, 7), 3), "3"),
         (torch.tensor(False), "False"),
         (torch.tensor([[True, False], [False, True]]), "(n >= m + 0) & (n <= m + 0)"),
         (torch.randn(4, 4), None),
