@@ -188,6 +188,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
     ),
     "a rewrite rule of ours is wrong": (
         "planted: the_certificate_refuses_a_planted_rule",
+        "planted: whole_rows_of_a_mask_show_what_nothing_else_does",
         "planted: without_the_planted_rule_it_fuses_or_is_refused_for_what_it_is",
     ),
 }
