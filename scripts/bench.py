@@ -31,6 +31,7 @@ from benchmark import cost as rewriting
 from benchmark import gpu_table, models
 from benchmark import hopper as kernels
 from benchmark import hopper_backward as backwards
+from benchmark import hopper_float8 as float8
 from benchmark.ahead import Prepare, compile_ahead
 from benchmark.cases import DTYPES, QUICK_LENGTH, VARIANTS, Case, cases
 from benchmark.gpu import GpuRow, gpu_cases, measure_gpu, to_compile
@@ -113,7 +114,7 @@ def _bench_layouts(device: str, path: Path | None, *, quick: bool) -> None:
 
 
 def _bench_hopper(only: str, json: Path | None, plot: Path | None) -> None:
-    rows = [*kernels.hopper(only), *backwards.backward_rows(only)]
+    rows = [*kernels.hopper(only), *float8.float8_rows(only), *backwards.backward_rows(only)]
     if json is not None:
         kernels.save(rows, json)
     out.print(kernels.as_text(rows), highlight=False)

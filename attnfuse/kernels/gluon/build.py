@@ -19,7 +19,9 @@ from attnfuse.kernels.triton.program import compiled
 __all__ = ["HOPPER", "Source", "build", "descriptor", "function"]
 
 HOPPER = GPUTarget("cuda", 90, 32)
-_TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
+_TYPES = {
+    "bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32, "fp8e4nv": gl.float8e4nv, "fp8e5": gl.float8e5,
+}  # fmt: skip
 _SIZES = (
     *("heads", "group", "kv_batch", "rows", "keys", "left", "right", "row_tiles", "pairs", "together"),
     *("list_batch", "list_head", "list_length"),
@@ -30,7 +32,8 @@ _SIZES = (
 class Source:
     """What a compiled forward depends on: its choices, its types, and the texts of its programs.
 
-    ``dtype`` is Triton's name of the operands' type; ``captures`` and ``strides`` those of the captures' elements and
+    ``dtype`` is Triton's name of the operands' type, ``value`` and ``out`` those of value's and of the output's where
+    they are others; ``captures`` and ``strides`` those of the captures' elements and
     of their strides, a stride of 1 being ``"constexpr"``; ``symbols`` how many sizes programs read.
     """
 
@@ -45,11 +48,15 @@ class Source:
     reads: tuple[str, ...] = ()
     bare_reads: tuple[str, ...] = ()
     loaders: tuple[str, ...] = ()
+    factor: str | None = None
+    value: str | None = None
+    out: str | None = None
 
 
 @dataclass(frozen=True)
 class Programs:
-    """A source's programs as jit functions: ``bare`` is the score's in tiles that the mask does not cut.
+    """A source's programs as jit functions: ``bare`` is the score's in tiles that the mask does not cut, ``factor``
+    what rows of the output are multiplied by.
 
     ``reads`` says of each capture how ``loaders`` read it for ``score``, ``bare_reads`` for ``bare``.
     ``"row"``: once for the rows of a work item. ``"key"``: once for a tile's keys. ``"score"``: for each score.
@@ -59,6 +66,7 @@ class Programs:
     score: Any
     bare: Any
     sink: Any
+    factor: Any
     reads: tuple[str, ...]
     bare_reads: tuple[str, ...]
     loaders: tuple[Any, ...]
@@ -77,6 +85,7 @@ def build(source: Source) -> Any:
             function(source.score),
             function(source.bare),
             function(source.sink),
+            function(source.factor),
             source.reads,
             source.bare_reads,
             tuple(map(function, source.loaders)),
@@ -103,9 +112,8 @@ def _signature(source: Source) -> dict[str, Any]:
     panels = [kind for kind, read in zip(source.captures, source.reads, strict=True) if read == "panel"]
     return {
         "q_desc": descriptor(source.dtype, rows, meta.head_block),
-        "k_desc": descriptor(source.dtype, meta.block_n, meta.head_block),
-        "v_desc": descriptor(source.dtype, meta.block_n, meta.value_block),
-        "o_desc": descriptor(source.dtype, rows, meta.value_block),
+        **_of_keys(source),
+        "o_desc": descriptor(source.out or source.dtype, rows, meta.value_block),
         "panel_desc": descriptor(panels[0], rows, meta.block_n) if panels else "constexpr",
         "lse": "*fp32",
         "counter": "*i32",
@@ -119,8 +127,20 @@ def _signature(source: Source) -> dict[str, Any]:
     }
 
 
-def descriptor(dtype: str, rows: int, width: int) -> str:
-    """The type of a TMA descriptor of ``[1, 1, rows, width]`` tiles, as Gluon spells it."""
-    block = [1, 1, rows, width]
+def _of_keys(source: Source) -> dict[str, str]:
+    meta, value = source.meta, source.value or source.dtype
+    if not meta.narrow:
+        return {
+            "k_desc": descriptor(source.dtype, meta.block_n, meta.head_block),
+            "v_desc": descriptor(value, meta.block_n, meta.value_block),
+        }
+    # half of the keys of each four, and values transposed
+    k_desc = descriptor(source.dtype, meta.block_n // 4, 2, min(meta.head_block, 128))
+    return {"k_desc": k_desc, "v_desc": descriptor(value, meta.value_block, meta.block_n)}
+
+
+def descriptor(dtype: str, *tile: int) -> str:
+    """The type of a TMA descriptor of ``[1, 1, *tile]``, as Gluon spells it."""
+    block = [1, 1, *tile]
     layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[dtype])
     return f"tensordesc<{dtype}{block},{layout!r}>"

@@ -27,6 +27,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 #: Query rows of one consumer: those of one wgmma.
 ROWS = gl.constexpr(64)
+#: Sixteen floats to four registers of four bytes each, and registers as they are.
+_ROUND = "{ .reg .b16 low, high; " + " ".join(
+    f"cvt.rn.satfinite.TYPE.f32 low, ${at + 1}, ${at}; cvt.rn.satfinite.TYPE.f32 high, ${at + 3}, ${at + 2};"
+    f" mov.b32 ${at // 4 - 1}, {{low, high}};"
+    for at in range(4, 20, 4)
+) + " }"  # fmt: skip
+TO_E4M3, TO_E5M2 = gl.constexpr(_ROUND.replace("TYPE", "e4m3x2")), gl.constexpr(_ROUND.replace("TYPE", "e5m2x2"))
+PACK = gl.constexpr("=r,=r,=r,=r" + 16 * ",f")
+AS_BYTES = gl.constexpr(" ".join(f"mov.b32 ${at}, ${at + 4};" for at in range(4)))
+UNPACK = gl.constexpr("=r,=r,=r,=r,r,r,r,r")
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
@@ -247,13 +257,16 @@ def produce(q, k, v, panel, coming, lists, sizes, counter, meta: gl.constexpr):
             key = tile_of(entry, meta) * meta.block_n
             entry = entry_of(span, back + 1, meta)
             place, parity = ring(step, meta.stages)
-            fetch(k, place, parity, kv_batch, kv_head, key, 0)
+            fetch_keys(k, place, parity, kv_batch, kv_head, key, meta)
             if meta.panel:
                 panel_batch = batch if meta.panel_batch else 0
                 panel_head = head if meta.panel_head else 0
                 for which in gl.static_range(CONSUMERS):
                     fetch(panel, which, step & 1, panel_batch, panel_head, first + which * ROWS, key)
-            fetch(v, place, parity, kv_batch, kv_head, key, 0)
+            if meta.narrow:
+                fetch(v, place, parity, kv_batch, kv_head, 0, key)
+            else:
+                fetch(v, place, parity, kv_batch, kv_head, key, 0)
             step += 1
         if meta.persistent:
             announce(following, turn, coming, sizes, meta)
@@ -269,6 +282,25 @@ def fetch(tiles, place, parity, batch, head, row, column):
     tma.async_copy_global_to_shared(
         tiles.desc, [batch, head, row, column], tiles.full.index(place), tiles.room.index(place)
     )
+
+
+@gluon.jit
+def fetch_keys(k, place, parity, batch, head, key, meta: gl.constexpr):
+    """Asks for a tile of keys; of float8 in the order of :func:`keys_of`, by a copy for each half and 128 columns.
+
+    The descriptor has the keys in fours, of which a copy takes the first two or the last two.
+    """
+    if meta.narrow:
+        PARTS: gl.constexpr = k.room.shape[0] // meta.stages
+        mbarrier.wait(k.empty.index(place), parity ^ 1)
+        mbarrier.expect(k.full.index(place), PARTS * k.desc.block_type.nbytes)
+        for part in gl.static_range(PARTS):
+            tma.async_copy_global_to_shared(
+                k.desc, [batch, head, key // 4, part % 2 * 2, part // 2 * 128], k.full.index(place),
+                k.room.index(place * PARTS + part),
+            )  # fmt: skip
+    else:
+        fetch(k, place, parity, batch, head, key, 0)
 
 
 @gluon.jit
@@ -321,16 +353,85 @@ def scores(query, k, step, meta: gl.constexpr, s_layout: gl.constexpr):
     place, parity = ring(step, meta.stages)
     mbarrier.wait(k.full.index(place), parity)
     zero = gl.full([ROWS, meta.block_n], 0.0, gl.float32, s_layout)
-    keys = k.room.index(place).reshape([meta.block_n, meta.head_block])
+    if meta.narrow:
+        layout: gl.constexpr = gl.NVMMASharedLayout(k.desc.layout.swizzle_byte_width, 8)
+        whole: gl.constexpr = [meta.stages, meta.block_n, meta.head_block]
+        keys = k.room._reinterpret(k.desc.dtype, whole, layout).index(place)
+    else:
+        keys = k.room.index(place).reshape([meta.block_n, meta.head_block])
     return warpgroup_mma(query, keys.permute([1, 0]), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def output(o, p, v, step, meta: gl.constexpr):
-    """``O + P V`` of a tile, in flight."""
+    """``O + P V`` of a tile, in flight; of float8 ``P V`` alone.
+
+    Hopper's units sum float8 with 14 bits, enough for a tile but not for all keys, and over what is contiguous: values
+    lie transposed.
+    """
     place, parity = ring(step, meta.stages)
     mbarrier.wait(v.full.index(place), parity)
-    return warpgroup_mma(p, v.room.index(place).reshape([meta.block_n, meta.value_block]), o, is_async=True)
+    if meta.narrow:
+        values = v.room.index(place).reshape([meta.value_block, meta.block_n]).permute([1, 0])
+        zero = gl.full([ROWS, meta.value_block], 0.0, gl.float32, o.type.layout)
+        found = warpgroup_mma(p, values, zero, use_acc=False, is_async=True)
+    else:
+        values = v.room.index(place).reshape([meta.block_n, meta.value_block])
+        found = warpgroup_mma(p, values, o, is_async=True)
+    return found
+
+
+@gluon.jit
+def keys_of(tile, layout: gl.constexpr, meta: gl.constexpr):
+    """Which keys the columns of a tile of scores are.
+
+    A thread's scores are columns ``8 j + 2 t + e``, and what a product of float8 takes from it are the keys ``4 t`` to
+    ``4 t + 3`` of each sixteen. So the first half of the columns are the first two keys of each four, the second half
+    the last two: no thread needs another's weights.
+    """
+    column = gl.arange(0, meta.block_n, layout)
+    if meta.narrow:
+        half: gl.constexpr = meta.block_n // 2
+        column = column % half // 2 * 4 + column // half * 2 + column % 2
+    return tile * meta.block_n + column
+
+
+@gluon.jit
+def carried(p, dtype: gl.constexpr, meta: gl.constexpr, o_layout: gl.constexpr):
+    """Weights as a loop carries them: rounded, keys in their own order; of float8 four in an integer.
+
+    A loop that carried bytes would take them apart and put them together again.
+    """
+    if meta.narrow:
+        halves = p.reshape([ROWS, 2, meta.block_n // 16, 4, 2])
+        p = halves.permute([0, 2, 3, 1, 4]).reshape([ROWS, meta.block_n])
+        part: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
+        quarters = p.reshape([ROWS, 2, 2, meta.block_n // 4]).permute([0, 3, 2, 1])
+        left, right = gl.split(quarters)
+        first, second = gl.split(left)
+        third, fourth = gl.split(right)
+        given = [
+            gl.convert_layout(first, part), gl.convert_layout(second, part),
+            gl.convert_layout(third, part), gl.convert_layout(fourth, part),
+        ]  # fmt: skip
+        asm: gl.constexpr = TO_E4M3 if dtype == gl.float8e4nv else TO_E5M2
+        found = gl.inline_asm_elementwise(asm, PACK, given, dtype=gl.int32, is_pure=True, pack=4)
+    else:
+        found = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, o_layout, 2))
+    return found
+
+
+@gluon.jit
+def operand_of(p, dtype: gl.constexpr, meta: gl.constexpr, o_layout: gl.constexpr):
+    """The left operand of a product, of weights that a loop carried."""
+    if meta.narrow:
+        parts = gl.inline_asm_elementwise(
+            AS_BYTES, UNPACK, [p], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
+        )
+        quarters = gl.join(gl.join(parts[0], parts[1]), gl.join(parts[2], parts[3]))
+        whole = quarters.permute([0, 3, 2, 1]).reshape([ROWS, meta.block_n])
+        p = gl.convert_layout(whole.to(dtype, bitcast=True), gl.DotOperandLayout(0, o_layout, 4))
+    return p
 
 
 @gluon.jit
@@ -408,8 +509,7 @@ def keys_read(tile, found, rows, tensors, sizes, programs: gl.constexpr, meta: g
 
     Loaded once by each thread, not by each that holds a copy; :func:`spread` makes the copies.
     """
-    n = tile * meta.block_n + gl.arange(0, meta.block_n, gl.BlockedLayout([1], [32], [4], [0]))
-    n = gl.minimum(n, sizes.keys - 1)
+    n = gl.minimum(keys_of(tile, gl.BlockedLayout([1], [32], [4], [0]), meta), sizes.keys - 1)
     read = ()
     for slot in gl.static_range(len(programs.reads)):
         if programs.reads[slot] == "key":
@@ -463,7 +563,7 @@ def scored(s, col, rows, read, panel, sizes, tensors, programs: gl.constexpr, CU
 @gluon.jit
 def cut_logits(s, tile, rows, read, panel, sizes, tensors, programs: gl.constexpr, meta: gl.constexpr):
     """The logits of a partial tile: its program, and -inf outside of the band and beyond the last key."""
-    col = tile * meta.block_n + gl.arange(0, meta.block_n, gl.SliceLayout(0, s.type.layout))
+    col = keys_of(tile, gl.SliceLayout(0, s.type.layout), meta)
     s = scored(s, col, rows, read, panel, sizes, tensors, programs, True)
     stop = gl.full([ROWS], 0, gl.int32, rows.index.type.layout) + (sizes.keys - 1)
     if meta.right:
@@ -477,7 +577,7 @@ def cut_logits(s, tile, rows, read, panel, sizes, tensors, programs: gl.constexp
 @gluon.jit
 def whole_logits(s, tile, rows, read, panel, sizes, tensors, programs: gl.constexpr, meta: gl.constexpr):
     """The logits of a tile that no mask cuts."""
-    col = tile * meta.block_n + gl.arange(0, meta.block_n, gl.SliceLayout(0, s.type.layout))
+    col = keys_of(tile, gl.SliceLayout(0, s.type.layout), meta)
     return scored(s, col, rows, read, panel, sizes, tensors, programs, False)
 
 
@@ -498,17 +598,21 @@ def either(s, entry, span, rows, read, panel, sizes, tensors, programs: gl.const
 
 @gluon.jit
 def weights(s, top, total, scale, meta: gl.constexpr):
-    """Online softmax of one tile: its weights, the new top and total of each row, and what shrinks the old."""
+    """Online softmax of one tile: its weights, the new top and total of each row, and what shrinks the old.
+
+    Weights of float8 are at most ``2 ** headroom``.
+    """
     new_top = gl.maximum(top, gl.max(s, 1))
     # a row that has seen no key yet: -inf - -inf
     centre = gl.where(new_top == float("-inf"), 0.0, new_top)
     if meta.huge:
-        p = gl.exp2((s - gl.expand_dims(centre, 1)) * scale)
+        p = s - gl.expand_dims(centre, 1)
+        p = gl.exp2(p * scale + meta.headroom if meta.narrow else p * scale)
         shrink = gl.exp2((top - centre) * scale)
     else:
         # one multiply-add feeds each exp2
         shift = centre * scale
-        p = gl.exp2(s * scale - gl.expand_dims(shift, 1))
+        p = gl.exp2(s * scale - gl.expand_dims(shift - meta.headroom, 1))
         shrink = gl.exp2(top * scale - shift)
     if meta.partial_sums:
         total = shrunk(total, shrink) + partial_sums(p)
@@ -538,12 +642,19 @@ def sunk(rows, sizes, tensors, programs: gl.constexpr, meta: gl.constexpr, s_lay
     if meta.partial_sums:
         total = partial_sums(gl.full([ROWS, meta.block_n], 0.0, gl.float32, s_layout))
     if programs.sink is not None:
-        m = gl.expand_dims(gl.minimum(rows.index, sizes.rows - 1), 1)
-        logit = programs.sink(m, m, rows.batch, rows.head, m, m, *tensors)
-        top = gl.max(gl.expand_dims(none, 1) + logit, 1)
+        top = of_rows(programs.sink, rows, sizes, tensors)
         # a sink weighs 1 beside its own top
-        total = total + (0.25 if meta.partial_sums else 1.0)
+        one: gl.constexpr = 2.0**meta.headroom
+        total = total + (0.25 * one if meta.partial_sums else one)
     return top, total
+
+
+@gluon.jit
+def of_rows(program: gl.constexpr, rows, sizes, tensors):
+    """What a program that reads neither scores nor keys makes of each row."""
+    m = gl.expand_dims(gl.minimum(rows.index, sizes.rows - 1), 1)
+    none = gl.full([ROWS, 1], 0.0, gl.float32, m.type.layout)
+    return gl.max(none + program(m, m, rows.batch, rows.head, m, m, *tensors), 1)
 
 
 # --- one work item ----------------------------------------------------------------------------------
@@ -554,8 +665,11 @@ def overlapped(
     query, q_empty, k, v, panel, turns, step, span, rows, sizes, tensors, programs: gl.constexpr, which: gl.constexpr,
     dtype: gl.constexpr, meta: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """``O``, top and total of 64 rows, and the step after them: scores of one tile beside the output of the last."""
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    """``O``, top and total of 64 rows, and the step after them: scores of one tile beside the output of the last.
+
+    Of float8 a tile's output is added once it is there, to rows that are shrunk as they were when its weights were
+    made.
+    """
     MASKED: gl.constexpr = meta.left or meta.right or meta.listed
     found = rows_read(rows, tensors, sizes, programs)
     entry = entry_of(span, 0, meta)
@@ -573,8 +687,8 @@ def overlapped(
         s = cut_logits(s, tile, rows, read, values, sizes, tensors, programs, meta)
     else:
         s = whole_logits(s, tile, rows, read, values, sizes, tensors, programs, meta)
-    p, top, total, shrink = weights(s, top, total, sizes.scale, meta)
-    p = gl.convert_layout(p.to(dtype), p_layout)
+    p, top, total, last = weights(s, top, total, sizes.scale, meta)
+    p = carried(p, dtype, meta, o_layout)
     o = gl.full([ROWS, meta.value_block], 0.0, gl.float32, o_layout)
     step += 1
     for back in range(span.stop - 1 - span.start):
@@ -582,7 +696,7 @@ def overlapped(
         read = keys_read(tile_of(entry, meta), found, rows, tensors, sizes, programs, meta)
         take_turn(turns, which, step, meta)
         s = scores(query, k, step, meta, s_layout)
-        o = output(o, p, v, step - 1, meta)
+        added = output(o, operand_of(p, dtype, meta, o_layout), v, step - 1, meta)
         pass_turn(turns, which, meta)
         s = warpgroup_mma_wait(1, deps=[s])
         release(k, step, meta)
@@ -593,18 +707,29 @@ def overlapped(
             s = whole_logits(s, tile_of(entry, meta), rows, read, values, sizes, tensors, programs, meta)
         entry = following
         new_p, top, total, shrink = weights(s, top, total, sizes.scale, meta)
-        new_p = gl.convert_layout(new_p.to(dtype), p_layout)
-        hold(v, step - 1, meta)
-        o, p, new_p = warpgroup_mma_wait(0, deps=[o, p, new_p])
-        release(v, step - 1, meta)
-        o = shrunk(o, shrink)
+        if meta.narrow:
+            hold(v, step - 1, meta)
+            added, p, new_p = warpgroup_mma_wait(0, deps=[added, p, new_p])
+            release(v, step - 1, meta)
+            o = shrunk(o, last) + added
+            last = shrink
+            new_p = carried(new_p, dtype, meta, o_layout)
+        else:
+            new_p = carried(new_p, dtype, meta, o_layout)
+            hold(v, step - 1, meta)
+            added, p, new_p = warpgroup_mma_wait(0, deps=[added, p, new_p])
+            release(v, step - 1, meta)
+            o = shrunk(added, shrink)
         p = new_p
         step += 1
     if not meta.shared_out:
         mbarrier.arrive(q_empty, count=1)
-    o, p = warpgroup_mma_wait(0, deps=[output(o, p, v, step - 1, meta), p])
+    added = output(o, operand_of(p, dtype, meta, o_layout), v, step - 1, meta)
+    added, p = warpgroup_mma_wait(0, deps=[added, p])
     release(v, step - 1, meta)
-    return o, top, total, step
+    if meta.narrow:
+        added = shrunk(o, last) + added
+    return added, top, total, step
 
 
 @gluon.jit
@@ -613,7 +738,6 @@ def in_turn(
     dtype: gl.constexpr, meta: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
     """As :func:`overlapped`, with one product in flight at a time."""
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     top, total = sunk(rows, sizes, tensors, programs, meta, s_layout)
     o = gl.full([ROWS, meta.value_block], 0.0, gl.float32, o_layout)
     found = rows_read(rows, tensors, sizes, programs)
@@ -633,8 +757,11 @@ def in_turn(
             s = whole_logits(s, tile_of(entry, meta), rows, read, values, sizes, tensors, programs, meta)
         entry = following
         p, top, total, shrink = weights(s, top, total, sizes.scale, meta)
-        o = output(shrunk(o, shrink), gl.convert_layout(p.to(dtype), p_layout), v, step, meta)
-        o = warpgroup_mma_wait(0, deps=[o])
+        if not meta.narrow:
+            o = shrunk(o, shrink)
+        p = operand_of(carried(p, dtype, meta, o_layout), dtype, meta, o_layout)
+        added = warpgroup_mma_wait(0, deps=[output(o, p, v, step, meta)])
+        o = shrunk(o, shrink) + added if meta.narrow else added
         release(v, step, meta)
         step += 1
     if not meta.shared_out:
@@ -643,17 +770,20 @@ def in_turn(
 
 
 @gluon.jit
-def store(o, top, total, room, out, first, rows, sizes, meta: gl.constexpr):
+def store(o, top, total, room, out, first, rows, sizes, tensors, programs: gl.constexpr, meta: gl.constexpr):
     """Rows divided by their totals, to memory by TMA; the copy may still read ``room`` on return."""
     if meta.partial_sums:
         total = gl.convert_layout(gl.sum(total, 1), rows.index.type.layout)
     tma.store_wait(0)
-    room.reshape([ROWS, meta.value_block]).store(shrunk(o, 1.0 / total).to(out.desc.dtype))
+    by = 1.0 / total
+    if programs.factor is not None:
+        by = by * of_rows(programs.factor, rows, sizes, tensors)
+    room.reshape([ROWS, meta.value_block]).store(shrunk(o, by).to(out.desc.dtype))
     fence_async_shared()
     batch, head = rows.batch[0], rows.head
     tma.async_copy_shared_to_global(out.desc, [batch.to(gl.int32), head.to(gl.int32), first, 0], room)
     if meta.lse:
-        natural = top * (sizes.scale * LN_2) + gl.log2(total) * LN_2
+        natural = top * (sizes.scale * LN_2) + (gl.log2(total) - meta.headroom) * LN_2
         gl.store(
             out.lse + (batch * sizes.heads + head) * sizes.rows + rows.index, natural, mask=rows.index < sizes.rows
         )
@@ -665,8 +795,9 @@ def consume(
     programs: gl.constexpr, which: gl.constexpr, meta: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 query rows of each work item."""
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, meta.block_n, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, meta.value_block, 16])
+    DEPTH: gl.constexpr = 32 if meta.narrow else 16
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, meta.block_n, DEPTH])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, meta.value_block, DEPTH])
     work: gl.constexpr = overlapped if meta.overlapped else in_turn
     pair, row_tile = item_of(gl.program_id(0), sizes, meta)
     item = place_of(pair // sizes.heads, pair % sizes.heads, row_tile)
@@ -688,12 +819,12 @@ def consume(
         query = q.room.index(place).reshape([ROWS, meta.head_block])
         o, top, total, step = work(
             query, q.empty.index(place), k, v, panel, turns, step, mine, rows, sizes, tensors, programs, which,
-            q.desc.dtype, meta, s_layout, o_layout,
+            v.desc.dtype, meta, s_layout, o_layout,
         )  # fmt: skip
         if meta.own and meta.left:
             step = skip(mine.start - span.start, k, v, panel, turns, which, step, meta)
         room = out.room.index(place if meta.shared_out else which)
-        store(o, top, total, room, out, first + which * ROWS, rows, sizes, meta)
+        store(o, top, total, room, out, first + which * ROWS, rows, sizes, tensors, programs, meta)
         if meta.shared_out:
             tma.store_wait(0)
             mbarrier.arrive(q.empty.index(place), count=1)
@@ -715,9 +846,9 @@ def barriers_for(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def tiles_for(desc, COUNT: gl.constexpr, READERS: gl.constexpr):
-    """Room for so many tiles, each free again when all its readers have said so."""
-    room = gl.allocate_shared_memory(desc.dtype, [COUNT] + desc.block_type.shape, desc.layout)
+def tiles_for(desc, COUNT: gl.constexpr, READERS: gl.constexpr, PARTS: gl.constexpr = 1):
+    """Room for so many tiles, each of so many copies and free again when all its readers have said so."""
+    room = gl.allocate_shared_memory(desc.dtype, [COUNT * PARTS] + desc.block_type.shape, desc.layout)
     return Tiles(desc, room, barriers_for(COUNT, 1), barriers_for(COUNT, READERS))
 
 
@@ -745,7 +876,7 @@ def attention_forward(
     C: gl.constexpr = meta.consumers
     R: gl.constexpr = meta.registers
     q = tiles_for(q_desc, C * meta.queries, 1)
-    k = tiles_for(k_desc, meta.stages, C)
+    k = tiles_for(k_desc, meta.stages, C, meta.key_copies)
     v = tiles_for(v_desc, meta.stages, C)
     panel = q
     if meta.panel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from typing import ClassVar
@@ -12,32 +11,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attnfuse.form import weight_factor
+from attnfuse.kernels.float8 import product_types
+from attnfuse.kernels.gluon.cost import backward_seconds, forward_seconds
 from attnfuse.kernels.gluon.meta import Meta
-from attnfuse.kernels.gluon.tuned import BLOCKS, NAME, choices
+from attnfuse.kernels.gluon.tuned import BLOCKS, NAME, WIDEST_FLOAT8, choices
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel, lookup
-from attnfuse.kernels.rows import band_of
-from attnfuse.kernels.triton import logit_of, untranslatable
-from attnfuse.reference import attention
-from attnfuse.score import P, S
-from attnfuse.spec import AttentionSpec
+from attnfuse.kernels.triton import untranslatable
+from attnfuse.reference import attention, is_float8
+from attnfuse.spec import AttentionSpec, axes_of
 from attnfuse.target import Target
 
 __all__ = ["Gluon"]
 
 DTYPES = (torch.bfloat16, torch.float16)
-#: The kernel whose backward is used where this one's declines, and the widest head of this one's.
+#: The other kernel, whose backward is used where this one's declines, and the widest head of this one's.
 BACKWARD, WIDEST_BACKWARD = "triton", 128
-#: Operations a second of both products, by the widest head's tile, and the share of it with a program; measured on one
-#: H200, long sequences.
-RATES = {64: 480e12, 128: 640e12, 256: 680e12}
-WITH_PROGRAM = 0.75
-#: The same of a backward's five products, which are so many times the forward's two; seconds of its launches.
-BACKWARD_RATES = {64: 400e12, 128: 550e12}
-BACKWARD_WITH_PROGRAM, PRODUCTS, BACKWARD_LAUNCH = 0.7, 2.5, 100e-6
-#: Seconds of a launch, and bytes a second from memory.
-LAUNCH, BANDWIDTH = 12e-6, 4.0e12
 
 
 @kernel
@@ -51,15 +42,22 @@ class Gluon(Kernel):
 
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
         """What the body cannot compute, and where it cannot run."""
-        return (*_elsewhere(target), *_programs(problem.spec), *_operands(problem), *_training(problem, target))
+        return (*_elsewhere(target), *_programs(problem.spec), *_operands(problem, target), *_training(problem, target))
 
     def cost(self, problem: Problem, target: Target) -> float:
         """Products at the measured rates, masked tiles skipped, at least the bytes; the rest as another kernel does."""
-        return _forward_seconds(problem) + (_backward_seconds(problem, target) if problem.training else 0.0)
+        seconds = forward_seconds(problem, BACKWARD, target)
+        if not problem.training:
+            return seconds
+        own = not declined(problem.spec, *(x.shape for x in (problem.query, problem.key, problem.value)))
+        return seconds + backward_seconds(problem, BACKWARD, target, own=own)
 
     def schedules(self, problem: Problem, target: Target) -> tuple[Meta, ...]:
         """What the table has for any attention of these widths; where scores read a panel, its room decides."""
-        return () if problem.captured_bytes else choices(problem.query.shape[-1], problem.value.shape[-1])
+        narrow = is_float8(problem.query.dtype)
+        if problem.captured_bytes and not narrow:
+            return ()
+        return choices(problem.query.shape[-1], problem.value.shape[-1], narrow=narrow)
 
     def run_by(
         self,
@@ -206,78 +204,48 @@ def _missing() -> tuple[str, ...]:
 
 
 def _programs(spec: AttentionSpec) -> tuple[str, ...]:
+    factor = weight_factor(spec.weight)
+    along_keys = factor is not None and "n" in axes_of(factor, spec.captures)
     reasons = [
-        (spec.weight != P, "it has no weight program"),
+        (factor is None, "it has no weight program but a factor"),
+        (along_keys, "its factor of weights does not vary along the keys"),
         (spec.dropout > 0, "it has no dropout"),
         (spec.batch > 1, f"it takes one batch dimension, not {spec.batch}"),
     ]
-    programs = (spec.score, *([] if spec.sink is None else [spec.sink]))
+    programs = (each for each in (spec.score, spec.sink, factor) if each is not None)
     return (
         *(reason for holds, reason in reasons if holds),
         *(reason for program in programs for reason in untranslatable(program)),
     )
 
 
-def _operands(problem: Problem) -> tuple[str, ...]:
-    dtypes = {problem.query.dtype, problem.key.dtype, problem.value.dtype}
+def _operands(problem: Problem, target: Target) -> tuple[str, ...]:
+    dtypes, narrow = set(problem.dtypes), any(map(is_float8, problem.dtypes))
     widths = (problem.query.shape[-1], problem.value.shape[-1])
+    loaded, widest = (16, WIDEST_FLOAT8) if narrow else (8, BLOCKS[-1])
+    halves = len(dtypes) == 1 and dtypes <= set(DTYPES)
     reasons = [
-        (len(dtypes) > 1 or not dtypes <= set(DTYPES), "it needs operands of one half type, bfloat16 or float16"),
-        (any(width % 8 for width in widths), f"it loads 16 bytes at a time, and heads are {widths} wide"),
-        (max(widths) > BLOCKS[-1], f"its tiles are at most {BLOCKS[-1]} wide, and heads are {widths} wide"),
+        (not halves and not narrow, "it needs operands of one half type, bfloat16 or float16"),
+        (narrow and not _multiplies(problem, target), _OF_FLOAT8),
+        (any(width % loaded for width in widths), f"it loads 16 bytes at a time, and heads are {widths} wide"),
+        (max(widths) > widest, f"its tiles are at most {widest} wide, and heads are {widths} wide"),
     ]
     return tuple(reason for holds, reason in reasons if holds)
+
+
+#: What it wants of float8.
+_OF_FLOAT8 = (
+    "of float8 it needs query and key of one type, weights that may be rounded to value's, and an output of a half type"
+)
+
+
+def _multiplies(problem: Problem, target: Target) -> bool:
+    """Whether both products are of float8."""
+    types = product_types(problem.spec, problem.dtypes, target)
+    return all(map(is_float8, types)) and types == (problem.key.dtype, problem.value.dtype)
 
 
 def _training(problem: Problem, target: Target) -> tuple[str, ...]:
     if not problem.training:
         return ()
     return tuple(f"its backward is that of {BACKWARD}: {each}" for each in lookup(BACKWARD).refuses(problem, target))
-
-
-# --- what it costs ----------------------------------------------------------------------------------
-
-
-def _forward_seconds(problem: Problem) -> float:
-    width = max(problem.query.shape[-1], problem.value.shape[-1])
-    rate = next(rate for block, rate in RATES.items() if width <= block)
-    if logit_of(problem.spec, rows_kept=problem.rows_kept).core != S:
-        rate *= WITH_PROGRAM
-    operands = (problem.query, problem.key, problem.value, *problem.captures)
-    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in operands)
-    return max(problem.flops * _reached(problem) / rate, moved / BANDWIDTH) + LAUNCH
-
-
-def _backward_seconds(problem: Problem, target: Target) -> float:
-    shapes = problem.query.shape, problem.key.shape, problem.value.shape
-    if declined(problem.spec, *shapes):
-        return _other_backward(problem, target)
-    width = max(problem.query.shape[-1], problem.value.shape[-1])
-    rate = next(rate for block, rate in BACKWARD_RATES.items() if width <= block)
-    if logit_of(problem.spec).core != S:
-        rate *= BACKWARD_WITH_PROGRAM
-    own = PRODUCTS * problem.flops * _reached(problem) / rate + BACKWARD_LAUNCH
-    # gradients of captures are the other kernel's
-    bare = _with_gradients(problem, operands=True, captures=False)
-    return own + _other_backward(_with_gradients(problem, operands=True), target) - _other_backward(bare, target)
-
-
-def _other_backward(problem: Problem, target: Target) -> float:
-    other, without = lookup(BACKWARD), _with_gradients(problem, operands=False, captures=False)
-    return other.cost(problem, target) - other.cost(without, target)
-
-
-def _with_gradients(problem: Problem, *, operands: bool, captures: bool = True) -> Problem:
-    """The same attention, gradients being asked for of query, key and value or not, and of captures no longer."""
-    query, key, value = (replace(x, requires_grad=operands) for x in (problem.query, problem.key, problem.value))
-    read = tuple(replace(x, requires_grad=captures and x.requires_grad) for x in problem.captures)
-    return replace(problem, query=query, key=key, value=value, captures=read)
-
-
-def _reached(problem: Problem) -> float:
-    """The share of scores in tiles that the mask's band does not skip."""
-    band = band_of(problem.spec, problem.symbols)
-    if band.open or not problem.scores:
-        return 1.0
-    spans = (band.reach(first, min(first + 128, problem.rows), problem.keys) for first in range(0, problem.rows, 128))
-    return min(1.0, sum(128 * (stop - start) for start, stop in spans) / (problem.rows * problem.keys))

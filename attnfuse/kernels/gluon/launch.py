@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnfuse.kernels.gluon.meta import Meta
 from attnfuse.kernels.gluon.plan import Facts, Plan, planned
+from attnfuse.reference import is_float8, out_dtype
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["forward"]
@@ -33,10 +34,11 @@ def forward(
 
     ``meta`` overrides the tuned choices, for measurements.
     """
-    query, key, value = map(_loadable, (query, key, value))
+    query, key, value = _loadable(query), *loadable_keys(key, value)
     captures = [x if x.data_ptr() % 16 == 0 else x.clone() for x in captures]
     batch, heads, rows, _ = query.shape
-    out = query.new_empty((batch, rows, heads, value.shape[-1])).transpose(1, 2)
+    dtype = out_dtype(spec, value.dtype)
+    out = query.new_empty((batch, rows, heads, value.shape[-1]), dtype=dtype).transpose(1, 2)
     lse = query.new_empty((batch, heads, rows), dtype=torch.float32) if with_lse else None
     facts: Facts = tuple((x.shape, x.stride(), x.dtype) for x in (query, key, value, *captures))
     plan = planned(spec, facts, tuple(symbols), query.device.index, with_lse, meta)
@@ -83,14 +85,32 @@ def _zero(device: int, *, wait: bool = False) -> Tensor:
     return made
 
 
+def loadable_keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value as TMA can load them: of float8 keys in whole fours, and value with its columns contiguous."""
+    if not is_float8(key.dtype):
+        return _loadable(key), _loadable(value)
+    *batch, keys, width = key.shape
+    if keys % 4:
+        # what is beyond the last key is masked, whatever it is
+        key = key.new_empty((*batch, -(-keys // 4) * 4, width)).narrow(-2, 0, keys).copy_(key)
+    if not _is_loadable(value.mT):
+        room = value.new_empty((*batch, value.shape[-1], -(-keys // 16) * 16))
+        value = room.narrow(-1, 0, keys).copy_(value.mT).mT
+    return _loadable(key), value
+
+
 def _loadable(tensor: Tensor) -> Tensor:
     """The tensor as TMA can load it: aligned to 16 bytes along every dimension; a copy only where it is not."""
-    if tensor.data_ptr() % 16 == 0 and _aligned(tensor.shape, tensor.stride()):
+    if _is_loadable(tensor):
         return tensor
     return tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
 
 
+def _is_loadable(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0 and _aligned(tensor.shape, tensor.stride(), 16 // tensor.dtype.itemsize)
+
+
 @lru_cache(maxsize=4096)
-def _aligned(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+def _aligned(shape: tuple[int, ...], strides: tuple[int, ...], step: int) -> bool:
     outer = zip(shape[:-1], strides[:-1], strict=True)
-    return strides[-1] == 1 and all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in outer)
+    return strides[-1] == 1 and all(size == 1 or (stride > 0 and stride % step == 0) for size, stride in outer)

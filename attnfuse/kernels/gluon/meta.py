@@ -45,6 +45,8 @@ class Meta:
     #: Logits may be as large as floats are (:class:`attnfuse.kernels.triton.Logit`).
     huge: bool = False
     lse: bool = False
+    #: Operands are float8, and weights at most two to this (:data:`attnfuse.kernels.float8.HEADROOM`); else zero.
+    headroom: float = 0.0
     #: Key tiles come from lists.
     listed: bool = False
     #: A capture that varies along rows and keys is read in panels, by the copy engine; it varies along batch, head.
@@ -53,10 +55,20 @@ class Meta:
     panel_head: bool = False
 
     @property
+    def narrow(self) -> bool:
+        """Whether operands are float8."""
+        return self.headroom > 0.0
+
+    @property
+    def key_copies(self) -> int:
+        """Copies that make a tile of keys."""
+        return 2 * max(self.head_block // 128, 1) if self.narrow else 1
+
+    @property
     def registers_at_entry(self) -> int:
         """Of each thread: a multiprocessor's, shared by consumers and producer alike, in steps of 8."""
         return 65536 // (128 * (self.consumers + 1)) // 8 * 8
 
-    def having(self, **facts: bool) -> Meta:
+    def having(self, **facts: bool | float) -> Meta:
         """These choices, for an attention of which these facts are known."""
-        return replace(self, **facts)
+        return replace(self, **facts)  # type: ignore[arg-type]

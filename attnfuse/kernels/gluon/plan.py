@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnfuse.kernels.float8 import HEADROOM
 from attnfuse.kernels.gluon.build import Source, build
 from attnfuse.kernels.gluon.forward import ROWS
 from attnfuse.kernels.gluon.meta import Meta
@@ -17,6 +18,7 @@ from attnfuse.kernels.gluon.programs import Programs, programs_of
 from attnfuse.kernels.gluon.reads import given, only_of, reads_of
 from attnfuse.kernels.gluon.tuned import measured, tuned
 from attnfuse.kernels.triton import Listing, Mask, function_text
+from attnfuse.reference import is_float8, out_dtype
 from attnfuse.score import Capture, S
 from attnfuse.spec import AttentionSpec, axes_of
 
@@ -32,6 +34,7 @@ LISTED = 1024
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.bool: "i1",
     torch.int8: "i8", torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
 }  # fmt: skip
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
@@ -74,7 +77,7 @@ def sourced(
     spec: AttentionSpec, facts: Facts, symbols: tuple[int, ...], with_lse: bool, meta: Meta | None = None
 ) -> tuple[Source, Programs]:
     """What is to be compiled, and the programs it was made of."""
-    (q_shape, _, dtype), (k_shape, _, _), (v_shape, _, _), *captured = facts
+    (q_shape, _, dtype), (k_shape, _, _), (v_shape, _, value), *captured = facts
     rows, keys = q_shape[2], k_shape[2]
     programs = programs_of(spec, rows, keys, symbols)
     left, right = programs.band.left is not None, programs.band.right is not None
@@ -82,8 +85,9 @@ def sourced(
     simple = programs.cut == S
     bare = programs.bare if listed else programs.cut
     strides, dtypes = tuple(each for _, each, _ in captured), [dtype for _, _, dtype in captured]
-    reads = reads_of(spec, programs.cut, strides, dtypes)
-    facts_of = {"left": left, "right": right, "program": not simple, "panel": "panel" in reads}
+    narrow = is_float8(dtype)
+    reads = reads_of(spec, programs.cut, strides, dtypes, panels=not narrow)
+    facts_of = {"left": left, "right": right, "program": not simple, "panel": "panel" in reads, "narrow": narrow}
     chosen = meta or measured(spec, dtype, q_shape, k_shape, v_shape)
     chosen = chosen or tuned(q_shape[3], v_shape[3], keys, **facts_of)
     known = {"left": left, "right": right, "ragged": keys % chosen.block_n > 0, "lse": with_lse, "listed": listed}
@@ -91,7 +95,7 @@ def sourced(
     known["dynamic"] = chosen.dynamic or (listed and chosen.persistent)
     write = partial(function_text, captures=spec.captures, fast=True, wide=_is_wide(captured))
     source = Source(
-        chosen.having(**known, **_panel(spec, reads), huge=programs.huge),
+        chosen.having(**known, **_panel(spec, reads), huge=programs.huge, headroom=HEADROOM.get(value, 0.0)),
         TYPES[dtype],
         None if simple else write(given(programs.cut, spec.captures, len(symbols))),
         None if bare == S else write(given(bare, spec.captures, len(symbols))),
@@ -104,6 +108,9 @@ def sourced(
         reads,
         only_of(bare, reads),
         tuple(write(Capture(slot)) for slot in range(len(reads))),
+        None if programs.factor is None else write(programs.factor),
+        TYPES[value],
+        TYPES[out_dtype(spec, value)],
     )
     return source, programs
 
@@ -116,7 +123,7 @@ def _made(
     source: Source,
     programs: Programs,
 ) -> Plan:
-    (q_shape, q_strides, dtype), (k_shape, k_strides, _), (v_shape, v_strides, _), *captured = facts
+    (q_shape, q_strides, dtype), (k_shape, *_), (v_shape, *_), *captured = facts
     batch, heads, rows, width = q_shape
     kv_batch, kv_heads, keys, _ = k_shape
     value_width, pairs, group = v_shape[3], batch * heads, heads // kv_heads
@@ -126,7 +133,7 @@ def _made(
     together = _together(pairs, pair_bytes, row_tiles, _processors(device))
     grid = min(items, _processors(device)) if source.meta.persistent else items
     out = (batch, heads, rows, value_width), (rows * heads * value_width, value_width, heads * value_width, 1)
-    shapes = ((q_shape, q_strides), (k_shape, k_strides), (v_shape, v_strides), out)
+    shapes = ((q_shape, q_strides), *_of_keys(facts, source.meta), out)
     listing = listing_of(spec, facts, symbols, source.meta, programs)
     band = programs.band.left or 0, programs.band.right or 0
     sizes = (heads, group, kv_batch, rows, keys, *band, row_tiles, pairs, together, *_places(listing))
@@ -141,6 +148,20 @@ def _made(
     if listing.fixed:
         return Plan(run, device, layouts, panel, numbers, fixed=lister(()))
     return Plan(run, device, layouts, panel, numbers, lister)
+
+
+def _of_keys(facts: Facts, meta: Meta) -> tuple[Layout, Layout]:
+    """Key and value as descriptors have them: of float8 keys in fours, and value transposed."""
+    _, (k_shape, k_strides, _), (v_shape, v_strides, _), *_ = facts
+    if not meta.narrow:
+        return (k_shape, k_strides), (v_shape, v_strides)
+    (batch, heads, keys, width), (*outer, step, _) = k_shape, k_strides
+    fours = (batch, heads, -(-keys // 4), 4, width), (*outer, 4 * step, step, 1)
+    return fours, (_turned(v_shape), _turned(v_strides))
+
+
+def _turned(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return (*sizes[:-2], *sizes[:-3:-1])
 
 
 def _together(pairs: int, pair_bytes: float, row_tiles: int, processors: int) -> int:
@@ -187,7 +208,7 @@ def _processors(device: int) -> int:
 
 def _layout(shape: Sequence[int], strides: Sequence[int]) -> Layout:
     """Shape and strides of a descriptor; the stride of a dimension of size 1 is any that is aligned."""
-    aligned = (8 if size == 1 else stride for size, stride in zip(shape[:-1], strides[:-1], strict=True))
+    aligned = (16 if size == 1 else stride for size, stride in zip(shape[:-1], strides[:-1], strict=True))
     return tuple(shape), (*aligned, 1)
 
 

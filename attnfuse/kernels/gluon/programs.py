@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 from attnfuse.features import features
-from attnfuse.form import ABSORBING, Form, form_of
+from attnfuse.form import ABSORBING, Form, form_of, weight_factor
 from attnfuse.kernels.rows import Band, band_of, is_edge, rows_kept
 from attnfuse.kernels.triton import logit_of
-from attnfuse.score import Const, Expr, apply, walk
+from attnfuse.score import Const, Expr, P, apply, walk
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["Programs", "programs_of"]
@@ -22,6 +22,7 @@ LARGE = 1e5
 class Programs:
     """``cut`` and ``bare`` make logits of scores, ``sink`` one of a row, in units of ``exponent``, a power of two.
 
+    Rows of the output are multiplied by ``factor``, None for one.
     Keys outside of ``band`` are not read. ``mask`` says which others have a weight: None where they all have, or
     where it is not worth asking. ``everywhere``: where a row keeps nothing, all of its keys have.
     """
@@ -29,6 +30,7 @@ class Programs:
     cut: Expr
     bare: Expr
     sink: Expr | None
+    factor: Expr | None
     exponent: float
     huge: bool
     band: Band
@@ -46,6 +48,7 @@ def programs_of(spec: AttentionSpec, rows: int, keys: int, symbols: tuple[int, .
         cut,
         cut if mask is None else logit.bare,
         None if spec.sink is None else logit.shrunk(spec.sink, spec.captures),
+        None if spec.weight == P else weight_factor(spec.weight),
         logit.exponent,
         logit.huge or _is_large(cut),
         band_of(spec, symbols) if skips else Band(exact=False),

@@ -15,16 +15,22 @@ _PANELS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def reads_of(
-    spec: AttentionSpec, program: Expr, strides: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
+    spec: AttentionSpec,
+    program: Expr,
+    strides: Sequence[tuple[int, ...]],
+    dtypes: Sequence[torch.dtype],
+    *,
+    panels: bool = True,
 ) -> tuple[str, ...]:
     """For each capture ``"row"``, ``"key"``, ``"score"`` or, for at most one, ``"panel"``; ``""`` where none reads it.
 
-    A panel is what TMA can load: halves or floats whose rows are contiguous and whose strides are of 16 bytes.
+    A panel is what TMA can load: halves or floats whose rows are contiguous and whose strides are of 16 bytes. None is
+    read where columns of scores are not in the order of keys, as of float8.
     """
     used = {part.slot for part in walk(program) if isinstance(part, Capture)}
     found = [_read(each) if slot in used else "" for slot, each in enumerate(spec.captures)]
     fits = (slot for slot, read in enumerate(found) if read == "score" and _is_panel(strides[slot], dtypes[slot]))
-    first = next(fits, None)
+    first = next(fits, None) if panels else None
     return tuple("panel" if slot == first else read for slot, read in enumerate(found))
 
 

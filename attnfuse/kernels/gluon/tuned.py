@@ -12,7 +12,7 @@ from attnfuse.kernels.measured import fastest_schedule
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
-__all__ = ["BLOCKS", "NAME", "block_of", "choices", "measured", "tuned"]
+__all__ = ["BLOCKS", "NAME", "WIDEST_FLOAT8", "block_of", "choices", "measured", "tuned"]
 
 #: What the kernel is called.
 NAME = "gluon"
@@ -42,16 +42,40 @@ _TWO_128 = Meta(128, 128, held=False, queries=2)
 _SHORT_CAUSAL_128 = Meta(128, 128, block_n=64, stages=4, held=False, queries=2, own=True, partial_sums=True)
 _SHORT, _LONG, _LONG_CAUSAL = 768, 4096, 8192
 
+#: Of float8, by what was predicted and not yet measured: products take half as long, so exponents must run beside them.
+#: With a program only scores that are multiplied in turn leave it enough registers.
+_FLOAT8 = Meta(64, 64, stages=4, queries=2, own=True, partial_sums=True)
+_FLOAT8_IN_TURN = replace(_FLOAT8, held=False, overlapped=False)
+#: What else may be the fastest.
+_FLOAT8_OTHERS = (
+    replace(_FLOAT8, held=False), replace(_FLOAT8, turns=True), _FLOAT8_IN_TURN, replace(_FLOAT8_IN_TURN, turns=True),
+    replace(_FLOAT8_IN_TURN, block_n=256, stages=2),
+)  # fmt: skip
+#: The widest tile of float8: a tile's output is summed apart, in registers of its own.
+WIDEST_FLOAT8 = 128
+
 
 def tuned(
-    width: int, value_width: int, keys: int, *, left: bool, right: bool, program: bool = False, panel: bool = False
+    width: int,
+    value_width: int,
+    keys: int,
+    *,
+    left: bool,
+    right: bool,
+    program: bool = False,
+    panel: bool = False,
+    narrow: bool = False,
 ) -> Meta:
     """The choices for heads of these widths, up to 256, behind a band that is open or closed on either side.
 
-    ``program`` says that scores pass through one, which needs registers; ``panel`` that it reads one.
+    ``program`` says that scores pass through one, which needs registers; ``panel`` that it reads one; ``narrow`` that
+    operands are float8.
     """
     blocks = block_of(width), block_of(value_width)
     longest_first = right and not left
+    if narrow:
+        chosen = _FLOAT8_IN_TURN if program else _FLOAT8
+        return _sized(chosen, blocks, right=right, longest_first=longest_first)
     meta = _with_program(blocks, panel) if program else _plain(blocks, keys, right=right, triangle=longest_first)
     if blocks == (256, 256):
         # long blocks: the hardware's own order is the best
@@ -60,16 +84,17 @@ def tuned(
     return replace(meta, dynamic=right or three, longest_first=longest_first, short_last=three and not longest_first)
 
 
-def choices(width: int, value_width: int) -> tuple[Meta, ...]:
-    """Everything that :func:`tuned` may answer for heads of these widths."""
+def choices(width: int, value_width: int, *, narrow: bool = False) -> tuple[Meta, ...]:
+    """Everything that :func:`tuned` may answer for heads of these widths, and of float8 what it might."""
     lengths = (0, _SHORT, _LONG, _LONG_CAUSAL)
     facts = product((False, True), repeat=4)
-    return tuple(
-        dict.fromkeys(
-            tuned(width, value_width, keys, left=left, right=right, program=program, panel=panel)
-            for keys, (left, right, program, panel) in product(lengths, facts)
-        )
-    )
+    found = [
+        tuned(width, value_width, keys, left=left, right=right, program=program, panel=panel, narrow=narrow)
+        for keys, (left, right, program, panel) in product(lengths, facts)
+    ]
+    blocks, others = (block_of(width), block_of(value_width)), product(_FLOAT8_OTHERS if narrow else (), (False, True))
+    found += [_sized(each, blocks, right=right, longest_first=right) for each, right in others]
+    return tuple(dict.fromkeys(found))
 
 
 def measured(
@@ -78,6 +103,10 @@ def measured(
     """The choices that were measured as the fastest on this machine's device; None where none were."""
     fields = fastest_schedule(NAME, spec, dtype, query, key, value, Target("cuda", "sm90"))
     return None if fields is None else Meta(**fields)
+
+
+def _sized(meta: Meta, blocks: tuple[int, int], *, right: bool, longest_first: bool) -> Meta:
+    return replace(meta, head_block=blocks[0], value_block=blocks[1], dynamic=right, longest_first=longest_first)
 
 
 def _with_program(blocks: tuple[int, int], panel: bool) -> Meta:

@@ -156,3 +156,44 @@ def test_a_causal_mask_costs_half() -> None:
     full, causal = (Problem(SPECS[name], long, long, long) for name in ("scaled", "causal"))
     kernel = lookup("gluon")
     assert 0.45 < kernel.cost(causal, HOPPER) / kernel.cost(full, HOPPER) < 0.6
+
+
+E4M3 = torch.float8_e4m3fn
+NARROW = Operand((2, 4, 512, 128), E4M3)
+ROUNDED = AttentionSpec(parse("0.1 * s"), weight_dtype="float8_e4m3fn", out_dtype="bfloat16")
+FLOAT8 = Problem(ROUNDED, NARROW, NARROW, replace(NARROW, minor="n"))
+
+
+@pytest.mark.usefixtures("gluon")
+def test_float8_is_not_refused() -> None:
+    assert reasons(FLOAT8) == ()
+    assert reasons(replace(FLOAT8, value=NARROW)) == ()
+    scaled = replace(ROUNDED, weight=parse("0.5 * p"))
+    assert reasons(replace(FLOAT8, spec=scaled)) == ()
+
+
+@pytest.mark.usefixtures("gluon")
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (replace(FLOAT8, spec=replace(ROUNDED, weight_dtype=None)), "weights that may be rounded"),
+        (replace(FLOAT8, spec=replace(ROUNDED, out_dtype="float32")), "an output of a half type"),
+        (replace(FLOAT8, query=HALF), "query and key of one type"),
+        (replace(FLOAT8, key=replace(NARROW, dtype=torch.float8_e5m2)), "query and key of one type"),
+        (replace(FLOAT8, query=replace(NARROW, shape=(2, 4, 512, 72))), "16 bytes at a time"),
+        (replace(FLOAT8, value=replace(NARROW, shape=(2, 4, 512, 256))), "at most 128 wide"),
+        (replace(FLOAT8, query=replace(NARROW, requires_grad=True)), "its backward is that of triton"),
+    ],
+)
+def test_what_it_cannot_compute_of_float8(problem: Problem, reason: str) -> None:
+    assert any(reason in each for each in reasons(problem)), reasons(problem)
+
+
+@pytest.mark.usefixtures("gluon")
+def test_float8_is_chosen_only_where_it_was_measured() -> None:
+    """By its estimate the Triton kernel is always ahead, however value lies."""
+    for value in (NARROW, replace(NARROW, minor="n")):
+        problem = replace(FLOAT8, value=value)
+        own, other = (lookup(name).cost(problem, HOPPER) for name in ("gluon", "triton"))
+        assert other < own < 1.1 * other
+    assert {each.overlapped for each in lookup("gluon").schedules(FLOAT8, HOPPER)} == {True, False}
