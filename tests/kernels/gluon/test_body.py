@@ -108,6 +108,12 @@ def test_half_types(name: str, width: int) -> None:
     assert_as_exact([out], [written_out(given)], [exact(given)])
 
 
+def test_factors_of_rows() -> None:
+    given = case(SPECS["factor of each row"], Sizes((2,), 2, 1, 100, 150, 64, 64), torch.float16)
+    out, _ = lookup("gluon").run_with_lse(given.spec, *given.operands[:3], given.captures, ())
+    assert_as_exact([out], [written_out(given)], [exact(given)])
+
+
 @pytest.mark.parametrize("name", sorted(set(SPECS) - {"documents"}))
 def test_float8(name: str) -> None:
     check(float8(case(of(name, "float8_e4m3fn"), Sizes((2,), 2, 1, 200, 301, 128, 128), torch.float32)))
