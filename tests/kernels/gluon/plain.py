@@ -8,7 +8,6 @@ do not add up, as a thread that waits for too long. What compilers make of the b
 from __future__ import annotations
 
 import ast
-import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,160 +19,23 @@ import torch
 from torch import Tensor
 
 from attnfuse.kernels.gluon import forward as real
+from tests.kernels.gluon.plain_memory import (
+    CHANGED,
+    FAILURES,
+    Descriptor,
+    Pointer,
+    Room,
+    allocate,
+    block,
+    init,
+    read,
+    wait,
+    write,
+)  # fmt: skip
 
-__all__ = ["Descriptor", "Pointer", "body", "language", "launch"]
+__all__ = ["Descriptor", "Pointer", "block", "body", "language", "launch"]
 
-#: Seconds after which a thread waits for a phase that never comes.
-PATIENCE = 60.0
-_CHANGED = threading.Condition()
 _HERE = threading.local()
-#: Of the partitions that run: when one fails, the others stop waiting for it.
-_FAILURES: list[BaseException] = []
-
-
-class Block(Tensor):
-    """A tensor that can be asked for a layout, which it does not have."""
-
-    @property
-    def type(self) -> Any:  # type: ignore[override]
-        """What the body derives layouts from."""
-        return SimpleNamespace(layout=None)
-
-    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Any:  # type: ignore[override]
-        """Converted; bits that :class:`Carried` kept are of the type already."""
-        return self if bitcast else Tensor.to(self, dtype)
-
-
-def block(tensor: Tensor | float) -> Any:
-    """As a :class:`Block`."""
-    return torch.as_tensor(tensor).as_subclass(Block)
-
-
-# --- memory -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pointer:
-    """Elements of a tensor in memory, by their offsets."""
-
-    memory: Tensor
-    offset: Any = 0
-
-    def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.memory, self.offset + offset)
-
-
-@dataclass(frozen=True)
-class Descriptor:
-    """A tensor in memory, and the tile that a copy of it has."""
-
-    memory: Tensor
-    tile: tuple[int, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the elements."""
-        return self.memory.dtype
-
-    @property
-    def layout(self) -> Any:
-        """What the body derives another layout from."""
-        return SimpleNamespace(swizzle_byte_width=128)
-
-    @property
-    def block_type(self) -> Any:
-        """The tile as the body asks for it."""
-        return SimpleNamespace(shape=list(self.tile), nbytes=math.prod(self.tile) * self.memory.dtype.itemsize)
-
-    def window(self, at: Sequence[Any]) -> tuple[Tensor, tuple[slice, ...]]:
-        """The part of the tile at ``at`` that is in memory, and where in the tile that is."""
-        spans = [
-            (max(int(a), 0), min(int(a) + n, size)) for a, n, size in zip(at, self.tile, self.memory.shape, strict=True)
-        ]
-        part = self.memory[tuple(slice(start, max(stop, start)) for start, stop in spans)]
-        return part, tuple(slice(0, size) for size in part.shape)
-
-
-@dataclass(frozen=True)
-class Room:
-    """Shared memory: a view of what was allocated."""
-
-    view: Any
-
-    @property
-    def shape(self) -> list[int]:
-        return list(self.view.shape)
-
-    def index(self, place: Any) -> Any:
-        found = self.view[int(place)]
-        return found[0] if isinstance(found, list) else Room(found)
-
-    def reshape(self, shape: Sequence[int]) -> Room:
-        return Room(self.view.view(shape))
-
-    def permute(self, order: Sequence[int]) -> Room:
-        return Room(self.view.permute(order))
-
-    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Room:
-        return Room(self.view.view(-1).view(dtype).view(shape))
-
-    def load(self, layout: object) -> Any:
-        return block(self.view.clone())
-
-    def store(self, value: Tensor) -> None:
-        self.view.copy_(value)
-
-
-def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Room:
-    if layout == "barriers":
-        return Room([[Barrier()] for _ in range(shape[0])])
-    # what nobody wrote is no number
-    made = torch.zeros(list(shape), dtype=dtype)
-    return Room(made.view(torch.uint8).fill_(0xFF).view(dtype))
-
-
-# --- barriers and copies ----------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Barrier:
-    """Complete when so many have arrived and all bytes have landed; then the next phase begins."""
-
-    count: int = 0
-    missing: int = 0
-    landing: int = 0
-    phase: int = 0
-
-    def moved(self, arrivals: int, landing: int) -> None:
-        with _CHANGED:
-            self.missing -= arrivals
-            self.landing += landing
-            assert self.missing >= 0, "more arrivals than a phase has"
-            if self.missing == 0 and self.landing == 0:
-                self.phase, self.missing = self.phase + 1, self.count
-            _CHANGED.notify_all()
-
-
-def _init(bar: Barrier, count: int) -> None:
-    bar.count = bar.missing = count
-
-
-def _wait(bar: Barrier, parity: Any) -> None:
-    with _CHANGED:
-        assert _CHANGED.wait_for(lambda: _FAILURES or bar.phase % 2 != int(parity), PATIENCE), "a phase never comes"
-        assert not _FAILURES, "another partition failed"
-
-
-def _read(desc: Descriptor, at: Sequence[Any], bar: Barrier, room: Room) -> None:
-    part, where = desc.window(at)
-    room.view.view(torch.uint8).zero_()
-    room.view[where].copy_(part)
-    bar.moved(0, -desc.block_type.nbytes)
-
-
-def _write(desc: Descriptor, at: Sequence[Any], room: Room) -> None:
-    part, where = desc.window(at)
-    part.copy_(room.view[where])
 
 
 # --- products ---------------------------------------------------------------------------------------
@@ -233,7 +95,7 @@ def _assembly(text: str, constraints: str, given: Sequence[Any], dtype: Any, is_
 
 def _specialise(partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], *_: object) -> None:
     index = _HERE.index
-    _FAILURES.clear()
+    FAILURES.clear()
 
     def run(function: Callable[..., None], given: tuple[Any, ...]) -> None:
         _HERE.index, _HERE.flight = index, []
@@ -241,21 +103,21 @@ def _specialise(partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]
             function(*given)
             assert not _HERE.flight, "a product that nobody waited for"
         except BaseException as failure:  # noqa: BLE001 - raised again where the launch is
-            with _CHANGED:
-                _FAILURES.append(failure)
-                _CHANGED.notify_all()
+            with CHANGED:
+                FAILURES.append(failure)
+                CHANGED.notify_all()
 
     threads = [threading.Thread(target=run, args=each, daemon=True) for each in partitions]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if _FAILURES:
-        raise _FAILURES[0]
+    if FAILURES:
+        raise FAILURES[0]
 
 
 def _atomic_add(pointer: Pointer, more: int, sem: str) -> Any:
-    with _CHANGED:
+    with CHANGED:
         before = pointer.memory.clone()
         pointer.memory.add_(more)
     return block(before)
@@ -299,7 +161,7 @@ def language(grid: int) -> SimpleNamespace:
         expand_dims=lambda x, axis: x.unsqueeze(axis), convert_layout=lambda x, layout: x,
         sum=lambda x, axis: x.sum(axis), max=lambda x, axis: x.amax(axis),
         split=lambda x: x.unbind(-1), join=lambda a, b: torch.stack([a, b], -1),
-        allocate_shared_memory=_allocate, warp_specialize=_specialise, atomic_add=_atomic_add, load=_load,
+        allocate_shared_memory=allocate, warp_specialize=_specialise, atomic_add=_atomic_add, load=_load,
         store=_store, abs=torch.abs, inline_asm_elementwise=_assembly,
     )  # fmt: skip
 
@@ -315,11 +177,11 @@ def body(gl: SimpleNamespace) -> dict[str, Any]:
         "gl": gl, "gluon": jit, "__name__": "plain_forward",
         "fence_async_shared": lambda: None, "warpgroup_mma": _multiply, "warpgroup_mma_wait": _wait_for_products,
         "mbarrier": SimpleNamespace(
-            init=_init, wait=_wait, MBarrierLayout=lambda: "barriers",
+            init=init, wait=wait, MBarrierLayout=lambda: "barriers",
             expect=lambda bar, size: bar.moved(1, size), arrive=lambda bar, count: bar.moved(count, 0),
         ),
         "tma": SimpleNamespace(
-            async_copy_global_to_shared=_read, async_copy_shared_to_global=_write, store_wait=lambda _: None
+            async_copy_global_to_shared=read, async_copy_shared_to_global=write, store_wait=lambda _: None
         ),
     }  # fmt: skip
     exec(compile(tree, "<forward in plain Python>", "exec"), names)

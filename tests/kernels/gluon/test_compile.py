@@ -108,10 +108,10 @@ def test_exponents_stay_ahead_of_the_wait(tmp_path: Path) -> None:
         cubin = tmp_path / "forward.cubin"
         kernel: Any = build(Source(meta, "bf16"))
         cubin.write_bytes(kernel.asm["cubin"])
-        assert (_exponents_between_waits(cubin) >= 64) is ahead
+        assert (exponents_between_waits(cubin) >= 64) is ahead
 
 
-def _exponents_between_waits(cubin: Path) -> int:
+def exponents_between_waits(cubin: Path) -> int:
     """The most MUFU.EX2 between a wait that leaves one product in flight and the next wait."""
     from triton import knobs
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
 
-from attnfuse.kernels.gluon.build import Source
+from attnfuse.kernels.gluon.build import Source, build
 from attnfuse.kernels.gluon.plan import sourced
 from attnfuse.kernels.gluon.tuned import choices, tuned
 from tests.kernels.cases import spec
-from tests.kernels.gluon.test_compile import compiled, waits
+from tests.kernels.gluon.test_compile import compiled, exponents_between_waits, waits
 
 FLOAT8 = {"fp8e4nv": "e4m3", "fp8e5": "e5m2"}
 HEADROOM = {"fp8e4nv": 8.0, "fp8e5": 15.0}
@@ -64,6 +66,14 @@ def test_softmax_runs_beside_a_product(name: str) -> None:
     order = waits(compiled(Source(meta, "fp8e4nv", out="bf16"))[0])
     loop = ["product", "product", "wait 1", "exp", "wait 0"]
     assert sum(order[place : place + len(loop)] == loop for place in range(len(order))) == meta.consumers
+
+
+def test_exponents_stay_ahead_of_the_wait(tmp_path: Path) -> None:
+    """Two rows of a thread, 32 weights each, while the last tile's output is on its way."""
+    kernel: Any = build(Source(BODIES["128, 128"].having(headroom=8.0), "fp8e4nv", out="bf16"))
+    cubin = tmp_path / "forward.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    assert exponents_between_waits(cubin) >= 64
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
