@@ -115,12 +115,14 @@ def _rounding(attention: Attention) -> float:
 
 
 def _masks(replay: Replay) -> Mapping[Node, Mask]:
-    """The captures that are added to the scores, and are not also query, key or value."""
+    """The captures that are added to the scores of a softmax, and are not also query, key or value."""
     attention = replay.attention
+    if attention.spec.normaliser == "none":
+        # the lowest number is no mask there, but one to overflow
+        return {}
     operands = {leaf.node for layout in (attention.query, attention.key, attention.value) for leaf in layout.views}
     added = (attention.captures[slot] for slot in _summands(attention.spec.score))
-    # without a softmax a row of -inf is no row without keys
-    which: Mask = "any" if replay.faithful and attention.spec.normaliser == "softmax" else "finite"
+    which: Mask = "any" if replay.faithful else "finite"
     return {leaf.node: which for layout in added for leaf in layout.views if leaf.node not in operands}
 
 

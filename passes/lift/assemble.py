@@ -167,8 +167,13 @@ class Parts:
 def site_of(reader: Reader, parts: Parts) -> Site:
     """The site in today's axes, its programs of leaves alone. Raises :class:`Refused` where they cannot be."""
     programs = [_leaves_only(reader, program) for program in parts.programs]
-    if any(map(_is_infinite, programs)):
-        raise _refusal("the program adds an infinity to scores or multiplies them by one", parts.softmax)
+    unnormalised = parts.normaliser == "none"
+    score = normalise(programs[0], reader.kind_of, WEIGHT_RULES if unnormalised else ())
+    if any(_overflows(program, unnormalised=unnormalised) for program in (score, *programs[1:])):
+        raise _refusal(
+            "the program makes scores infinite: by a literal, a division by zero, or a mask without a softmax",
+            parts.softmax,
+        )
     if any(part == apply("log", P) for part in walk(programs[1])):
         raise _refusal("the logarithm of a weight is used, which is finite where the weight is zero", parts.softmax)
     query, key, value = (_final(reader, operand) for operand in parts.operands)
@@ -183,7 +188,7 @@ def site_of(reader: Reader, parts: Parts) -> Site:
         query=query,
         key=key,
         value=value,
-        score=normalise(programs[0], reader.kind_of, WEIGHT_RULES if parts.normaliser == "none" else ()),
+        score=score,
         weight=normalise(programs[1], reader.kind_of),
         extra=tuple(programs[2:]),
         dropout=parts.dropout,
@@ -207,16 +212,22 @@ def site_of(reader: Reader, parts: Parts) -> Site:
 #: Operations whose result is finite, or what it would be without, where one of their arguments is infinite.
 _BOUNDS = ("min", "max", "lt", "le", "gt", "ge", "eq", "ne")
 
+#: A weight beyond overflows in sums of some type.
+_LARGEST_WEIGHT = 1e30
 
-def _is_infinite(program: Expr) -> bool:
-    """Whether a literal makes a number ``inf`` or NaN: behind a mask of -inf it is NaN, which kernels leave out."""
+
+def _overflows(program: Expr, *, unnormalised: bool) -> bool:
+    """Whether a literal makes a logit ``inf`` or NaN: behind a mask of -inf it is NaN, which kernels leave out.
+
+    Without a softmax the lowest number is no mask either: its products overflow, in which order decides to what.
+    """
     match program:
         case Const(float(value)):
-            return math.isnan(value) or value == math.inf
+            return math.isnan(value) or value == math.inf or (unnormalised and abs(value) > _LARGEST_WEIGHT)
         case Apply("div", (_, Const(value))) if value == 0:
             return True
         case Apply(op, args) if op not in _BOUNDS:
-            return any(map(_is_infinite, args))
+            return any(_overflows(arg, unnormalised=unnormalised) for arg in args)
     return False
 
 

@@ -278,7 +278,7 @@ def test_a_mask_subtracted_is_infinite(door: str) -> None:
         return torch.sigmoid(masked + torch.zeros_like(keep, dtype=q.dtype).masked_fill(~keep, -INF)) @ v
 
     report = never_wrong(door, attention, *qkv(rows=9), torch.rand(9, 9) < 0.7, sites=None)
-    assert "infinity" in report.refused[0].reason
+    assert "infinite" in report.refused[0].reason
 
 
 def test_one_number_added_to_every_score(door: str) -> None:
