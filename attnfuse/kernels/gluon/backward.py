@@ -6,6 +6,10 @@ https://arxiv.org/abs/2407.08608); only dQ needs them in shared memory. Products
 last: dP beside the exponents, dV beside the gradients of scores, dK beside dQ's way to memory, which one more
 warp adds to it. Blocks do so in no order, so its last bits differ from run to run; dK and dV are each one block's.
 
+Where the mask is no band, the row tiles that it keeps come from lists, which say of each whether the mask cuts it; in
+others it is not read. A bias that is added to the scores has their gradient for its own: the tile that dQ is made of
+goes to memory too.
+
 Barriers are named for what they protect: ``*_full`` says that a tile has landed, ``*_empty`` that its room is free.
 """
 
@@ -32,8 +36,9 @@ WARPS = gl.constexpr(8)
 class Sizes(NamedTuple):
     """The numbers of a launch. ``group`` query heads share a key head; ``pairs`` are batches times key heads.
 
-    The sums of two heads lie ``padded_rows`` apart. The keys of row ``m`` are ``m + left <= n <= m + right``;
-    ``strange`` is not zero where a row needs all keys.
+    The sums of two heads lie ``padded_rows`` apart. The keys of row ``m`` are ``m + left <= n <= m + right``.
+    ``list_batch`` and ``list_head`` are lists of tiles between one batch or head and the next, ``list_length`` the
+    numbers of a list. ``strange`` is not zero where a row needs all keys.
     """
 
     heads: Any
@@ -46,6 +51,9 @@ class Sizes(NamedTuple):
     key_tiles: Any
     pairs: Any
     together: Any
+    list_batch: Any
+    list_head: Any
+    list_length: Any
     exponent: Any
     factor: Any
     strange: Any
@@ -84,12 +92,16 @@ class Tensors(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Row tiles: ``start..stop`` reach some key, ``whole_start..whole_stop`` entirely, every key."""
+    """Row tiles: ``start..stop`` reach some key, ``whole_start..whole_stop`` entirely, every key.
+
+    Of a list they are places in it, and ``entries`` where its tiles are.
+    """
 
     start: Any
     whole_start: Any
     whole_stop: Any
     stop: Any
+    entries: Any
 
 
 @builtin
@@ -106,7 +118,8 @@ def async_add_shared_to_global(tensor_desc, coord, src, _semantic=None):
 def item(sizes, meta: gl.constexpr):
     """Pair of batch and key head, and key tile, of this block: the pairs whose operands the L2 cache holds together.
 
-    Longest first takes the key tiles of all of them from the first to the last.
+    Longest first takes the key tiles of all of them from the first to the last. Batches that read the same panel are
+    neighbours.
     """
     index = gl.program_id(0)
     group = index // (sizes.together * sizes.key_tiles)
@@ -118,6 +131,10 @@ def item(sizes, meta: gl.constexpr):
     else:
         pair = group * sizes.together + inside // sizes.key_tiles
         key_tile = inside % sizes.key_tiles
+    if meta.panel and not meta.panel_batch:
+        kv_heads = sizes.heads // sizes.group
+        batches = sizes.pairs // kv_heads
+        pair = pair % batches * kv_heads + pair // batches
     return pair, key_tile
 
 
@@ -139,7 +156,69 @@ def row_tiles(first, sizes, meta: gl.constexpr):
     if meta.uncertain:
         start = gl.where(sizes.strange != 0, 0, start)
         stop = gl.where(sizes.strange != 0, tiles, stop)
-    return Span(start, whole_start, whole_stop, gl.maximum(stop, start + 1))
+    return Span(start, whole_start, whole_stop, gl.maximum(stop, start + 1), 0)
+
+
+@gluon.jit
+def listed_tiles(key_tile, batch, head, lists, sizes, meta: gl.constexpr):
+    """The :class:`Span` of a key tile's list: how many tiles, then the tiles (:mod:`attnfuse.kernels.triton.tiles`)."""
+    place = batch * sizes.list_batch + head * sizes.list_head + key_tile
+    entries = lists + place.to(gl.int64) * sizes.list_length
+    stop = gl.load(entries)
+    if meta.uncertain:
+        stop = gl.where(sizes.strange != 0, gl.cdiv(sizes.rows, meta.block_m), stop)
+    return Span(0, 0, 0, stop, entries + 1)
+
+
+@gluon.jit
+def span_of(key_tile, batch, head, lists, sizes, meta: gl.constexpr):
+    """The :class:`Span` of a key tile and a query head."""
+    if meta.listed:
+        span = listed_tiles(key_tile, batch, head, lists, sizes, meta)
+    else:
+        span = row_tiles(key_tile * meta.block_n, sizes, meta)
+    return span
+
+
+@gluon.jit
+def span_of_member(pair, member, key_tile, lists, sizes, meta: gl.constexpr):
+    """The :class:`Span` of a key tile and one of the query heads that share its key head."""
+    batch, head, _ = head_of(pair, member, sizes)
+    return span_of(key_tile, batch, head, lists, sizes, meta)
+
+
+@gluon.jit
+def entry_of(span, back, sizes, meta: gl.constexpr):
+    """What is known of the ``back``-th tile of a span; lists are read one step ahead."""
+    entry = span.start + back
+    if meta.listed:
+        entry = gl.load(span.entries + back)
+        if meta.uncertain:
+            entry = gl.where(sizes.strange != 0, back * 2 + 1, entry)
+    return entry
+
+
+@gluon.jit
+def tile_of(entry, meta: gl.constexpr):
+    """Which row tile an entry is."""
+    if meta.listed:
+        tile = entry >> 1
+    else:
+        tile = entry
+    return tile
+
+
+@gluon.jit
+def steps_of(pair, key_tile, lists, sizes, meta: gl.constexpr):
+    """Row tiles of all query heads that share a key head."""
+    if meta.listed:
+        steps = 0
+        for member in range(sizes.group):
+            steps += span_of_member(pair, member, key_tile, lists, sizes, meta).stop
+    else:
+        span = row_tiles(key_tile * meta.block_n, sizes, meta)
+        steps = sizes.group * (span.stop - span.start)
+    return steps
 
 
 @gluon.jit
@@ -161,11 +240,10 @@ def head_of(pair, member, sizes):
 
 
 @gluon.jit
-def produce(k, v, q, grad, sums, panel, sizes, meta: gl.constexpr):
+def produce(k, v, q, grad, sums, panel, lists, sizes, meta: gl.constexpr):
     """One warp: keys and values once, then queries and gradients as soon as their rooms are free."""
     pair, key_tile = item(sizes, meta)
     first = key_tile * meta.block_n
-    span = row_tiles(first, sizes, meta)
     kv_heads = sizes.heads // sizes.group
     VECTOR: gl.constexpr = sums.top.desc.block_type.nbytes
     step = 0
@@ -173,9 +251,12 @@ def produce(k, v, q, grad, sums, panel, sizes, meta: gl.constexpr):
     copy(k, k.full, 0, pair // kv_heads, pair % kv_heads, first, 0)
     for member in range(sizes.group):
         batch, head, flat = head_of(pair, member, sizes)
-        for tile in range(span.start, span.stop):
+        span = span_of(key_tile, batch, head, lists, sizes, meta)
+        entry = entry_of(span, 0, sizes, meta)
+        for back in range(span.stop - span.start):
             place, parity = ring(step, meta.stages)
-            row = tile * meta.block_m
+            row = tile_of(entry, meta) * meta.block_m
+            entry = entry_of(span, back + 1, sizes, meta)
             expect(q, place, parity, grad.desc.block_type.nbytes + (3 if meta.uncertain else 2) * VECTOR)
             copy(q, q.full, place, batch, head, row, 0)
             copy_vector(sums.top, q.full, place, flat * sizes.padded_rows + row)
@@ -215,20 +296,31 @@ def copy_vector(vectors, full, place, first):
 
 
 @gluon.jit
-def add(dq, q, panel, sizes, meta: gl.constexpr):
-    """One warp: adds each tile of dQ to memory, and says that what it was made of has been read."""
+def add(dq, q, ds, lists, sizes, meta: gl.constexpr):
+    """One warp: adds each tile of dQ to memory, and says that what it was made of has been read.
+
+    So it does with the gradient of a panel.
+    """
     pair, key_tile = item(sizes, meta)
-    span = row_tiles(key_tile * meta.block_n, sizes, meta)
     step = 0
     for member in range(sizes.group):
-        _, _, flat = head_of(pair, member, sizes)
-        for tile in range(span.start, span.stop):
+        batch, head, flat = head_of(pair, member, sizes)
+        span = span_of(key_tile, batch, head, lists, sizes, meta)
+        entry = entry_of(span, 0, sizes, meta)
+        for back in range(span.stop - span.start):
+            tile = tile_of(entry, meta)
+            entry = entry_of(span, back + 1, sizes, meta)
             mbarrier.wait(dq.full.index(0), step & 1)
             if step > 0:
                 # this step's product of dK is in flight, all of the last's are done
                 mbarrier.arrive(q.empty.index((step - 1) % meta.stages), count=1)
-            if meta.panel:
-                mbarrier.arrive(panel.empty.index(0), count=1)
+            if meta.panel_gradient:
+                where = [batch if meta.panel_batch else 0, head if meta.panel_head else 0, tile * meta.block_m,
+                         key_tile * meta.block_n]  # fmt: skip
+                if meta.panel_added:
+                    async_add_shared_to_global(ds.desc, where, ds.room.index(0))
+                else:
+                    tma.async_copy_shared_to_global(ds.desc, where, ds.room.index(0))
             place = (flat * gl.cdiv(sizes.rows, meta.block_m) + tile) * dq.desc.block_type.shape[0]
             async_add_shared_to_global(dq.desc, [place, 0], dq.room.index(0))
             tma.store_wait(0)
@@ -291,10 +383,10 @@ def of_rows(vectors, step, meta: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def read(m, n, batch, head, tensors, programs: gl.constexpr):
-    """Of each capture, its values at a tile, in as many dimensions as it varies along."""
+    """Of each capture that a whole tile reads, its values there, in as many dimensions as it varies along."""
     found = ()
-    for slot in gl.static_range(len(programs.reads)):
-        if programs.reads[slot] == "panel" or programs.reads[slot] == "":
+    for slot in gl.static_range(len(programs.bare_reads)):
+        if programs.bare_reads[slot] == "panel" or programs.bare_reads[slot] == "":
             found = found + (m,)
         else:
             found = found + (programs.loaders[slot](m, m, (batch,), head, m, n, *tensors),)
@@ -302,20 +394,62 @@ def read(m, n, batch, head, tensors, programs: gl.constexpr):
 
 
 @gluon.jit
-def with_panel(found, s, panel, step, programs: gl.constexpr, meta: gl.constexpr):
-    """``found`` with the capture that the producer loads."""
+def read_ahead(tile, n, batch, head, tensors, sizes, programs: gl.constexpr, meta: gl.constexpr):
+    """What a cut tile reads, before it is known to be cut; of rows once by each thread, :func:`spread` makes copies."""
+    m = tile * meta.block_m + gl.arange(0, meta.block_m, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    m = gl.minimum(m, sizes.rows - 1)
+    found = ()
+    for slot in gl.static_range(len(programs.reads)):
+        if programs.reads[slot] == "row" or programs.reads[slot] == "one":
+            found = found + (programs.loaders[slot](m, m, (batch,), head, m, m, *tensors),)
+        elif programs.reads[slot] == "key":
+            found = found + (programs.loaders[slot](n, n, (batch,), head, n, n, *tensors),)
+        else:
+            found = found + (m,)
+    return found
+
+
+@gluon.jit
+def spread(ahead, m, n, batch, head, tensors, programs: gl.constexpr, s_layout: gl.constexpr):
+    """What was read ahead, to each thread those of its scores; and what varies along rows and keys."""
+    found = ()
+    for slot in gl.static_range(len(programs.reads)):
+        if programs.reads[slot] == "row":
+            found = found + (gl.expand_dims(gl.convert_layout(ahead[slot], gl.SliceLayout(0, s_layout)), 0),)
+        elif programs.reads[slot] == "score":
+            found = found + (programs.loaders[slot](m, m, (batch,), head, m, n, *tensors),)
+        else:
+            found = found + (ahead[slot],)
+    return found
+
+
+@gluon.jit
+def panel_of(s, panel, step, meta: gl.constexpr):
+    """The tile of the capture that the producer loads; ``s`` where there is none."""
     values = s
     if meta.panel:
         mbarrier.wait(panel.full.index(0), step & 1)
         loaded = panel.room.index(0).reshape([meta.block_m, meta.block_n]).permute([1, 0])
         values = loaded.load(s.type.layout).to(gl.float32)
-    complete = ()
-    for slot in gl.static_range(len(programs.reads)):
-        if programs.reads[slot] == "panel":
-            complete = complete + (values,)
+        # read by ordinary loads, overwritten by the copy engine
+        fence_async_shared()
+        mbarrier.arrive(panel.empty.index(0), count=1)
+    return values
+
+
+@gluon.jit
+def run_program(
+    PROGRAM: gl.constexpr, s, p, m, n, batch, head, found, panel, tensors, CUT: gl.constexpr, programs: gl.constexpr
+):
+    """One of the programs at a tile, ``found`` being what it reads."""
+    READS: gl.constexpr = programs.reads if CUT else programs.bare_reads
+    given = tensors.symbols
+    for slot in gl.static_range(len(READS)):
+        if READS[slot] == "panel":
+            given = given + (panel,)
         else:
-            complete = complete + (found[slot],)
-    return complete
+            given = given + (found[slot],)
+    return PROGRAM(s, p, (batch,), head, m, n, tensors.captures, tensors.strides, given)
 
 
 @gluon.jit
@@ -353,7 +487,7 @@ def halves(p, dv_layout: gl.constexpr):
 
 @gluon.jit
 def consume(
-    k, v, q, grad, sums, panel, ds_room, dq, dk_desc, dv_desc, sizes, tensors,
+    k, v, q, grad, sums, panel, ds, dq, dk_desc, dv_desc, lists, sizes, tensors,
     programs: gl.constexpr, meta: gl.constexpr,
 ):  # fmt: skip
     """Both warpgroups: half of the keys each, and half of the columns of dQ."""
@@ -369,51 +503,75 @@ def consume(
     dtype: gl.constexpr = q.desc.dtype
     keys = k.room.index(0).reshape([BN, meta.head_block])
     values = v.room.index(0).reshape([BN, meta.value_block])
+    if meta.panel_gradient:
+        # the panel's gradient leaves from here, so keys are contiguous
+        ds_room = ds.room.index(0).reshape([BM, BN]).permute([1, 0])
+    else:
+        ds_room = ds.room.index(0)
 
     pair, key_tile = item(sizes, meta)
     first = key_tile * BN
-    span = row_tiles(first, sizes, meta)
+    span = span_of_member(pair, 0, key_tile, lists, sizes, meta)
+    entry = entry_of(span, 0, sizes, meta)
     col = first + gl.arange(0, BN, gl.SliceLayout(1, s_layout))
     n = gl.expand_dims(gl.minimum(col, sizes.keys - 1), 1)
     dk = gl.full([BN, meta.head_block], 0.0, gl.float32, dk_layout)
     dv = gl.full([BN, meta.value_block], 0.0, gl.float32, dv_layout)
-    steps = sizes.group * (span.stop - span.start)
+    steps = steps_of(pair, key_tile, lists, sizes, meta)
     mbarrier.wait(k.full.index(0), 0)
     mbarrier.wait(v.full.index(0), 0)
-    tile = span.start
+    back = 0
     member = 0
     for step in range(steps):
         place = step % meta.stages
         batch, head, _ = head_of(pair, member, sizes)
         batch = batch.to(gl.int64)
         head = head.to(gl.int64)
+        tile = tile_of(entry, meta)
         row = tile * BM + gl.arange(0, BM, row_layout)
         m = gl.expand_dims(gl.minimum(row, sizes.rows - 1), 0)
+        following = entry_of(span, back + 1, sizes, meta)
 
         s = scores(k, q, step, meta, s_layout)
         grads = grad.room.index(place).reshape([BM, meta.value_block])
         zero = gl.full([BN, BM], 0.0, gl.float32, s_layout)
         dp = warpgroup_mma(values, grads.permute([1, 0]), zero, use_acc=False, is_async=True)
+        # of captures that only the mask reads, a whole tile needs nothing
         found = read(m, n, batch, head, tensors, programs)
+        ahead = found
+        if meta.listed:
+            ahead = read_ahead(tile, n, batch, head, tensors, sizes, programs, meta)
+        s = warpgroup_mma_wait(1, deps=[s])
+        panel_values = panel_of(s, panel, step, meta)
+        if meta.left or meta.right or meta.ragged or meta.listed:
+            partial = first + BN > sizes.keys
+            if meta.listed:
+                partial = partial | ((entry & 1) == 1)
+            elif meta.left or meta.right:
+                partial = partial | (tile < span.whole_start) | (tile >= span.whole_stop)
+        if meta.listed:
+            if partial:
+                masking = spread(ahead, m, n, batch, head, tensors, programs, s_layout)
+                u = run_program(programs.score, s, s, m, n, batch, head, masking, panel_values, tensors, True, programs)
+                u = cut(u, float("-inf"), col, row, sizes, meta)
+            else:
+                u = run_program(programs.bare, s, s, m, n, batch, head, found, panel_values, tensors, False, programs)
+        else:
+            u = run_program(programs.bare, s, s, m, n, batch, head, found, panel_values, tensors, False, programs)
+            if meta.left or meta.right or meta.ragged:
+                if partial:
+                    u = cut(u, float("-inf"), col, row, sizes, meta)
         top = of_rows(sums.top, step, meta, row_layout)
         if meta.ragged_rows:
             top = gl.where(row < sizes.rows, top, float("inf"))
-        top = gl.expand_dims(top, 0)
-        s = warpgroup_mma_wait(1, deps=[s])
-        given = tensors.symbols + with_panel(found, s, panel, step, programs, meta)
-        u = programs.score(s, s, (batch,), head, m, n, tensors.captures, tensors.strides, given)
-        if meta.left or meta.right or meta.ragged:
-            partial = first + BN > sizes.keys
-            if meta.left or meta.right:
-                partial = partial | (tile < span.whole_start) | (tile >= span.whole_stop)
-            if partial:
-                u = cut(u, float("-inf"), col, row, sizes, meta)
-        p = weights(u, top, sizes, meta)
+        p = weights(u, gl.expand_dims(top, 0), sizes, meta)
         if meta.uncertain:
-            norm = of_rows(sums.norm, step, meta, row_layout)
-            if meta.ragged_rows:
-                norm = gl.where(row < sizes.rows, norm, 0.0)
-            p = p * gl.expand_dims(norm, 0)
+            # of other rows it is one
+            if sizes.strange != 0:
+                norm = of_rows(sums.norm, step, meta, row_layout)
+                if meta.ragged_rows:
+                    norm = gl.where(row < sizes.rows, norm, 0.0)
+                p = p * gl.expand_dims(norm, 0)
         p_first, p_second = halves(p.to(dtype), dv_layout)
         dv = warpgroup_mma(p_first, grads.slice(0, BM // 2, 0), dv, is_async=True)
 
@@ -422,27 +580,39 @@ def consume(
             delta = gl.where(row < sizes.rows, delta, 0.0)
         dp = warpgroup_mma_wait(1, deps=[dp])
         dx = p * (dp - gl.expand_dims(delta, 0))
-        if meta.uncertain and (meta.left or meta.right or meta.ragged):
+        if meta.uncertain and (meta.left or meta.right or meta.ragged or meta.listed):
             # the weights of a row that keeps no key are NaN, its masked scores have no gradient
-            if partial:
+            if partial & (sizes.strange != 0):
                 dx = cut(dx, 0.0, col, row, sizes, meta)
-        ds = programs.pulled(s, dx, (batch,), head, m, n, tensors.captures, tensors.strides, given)
-        ds = ds.to(dtype)
-        ds_half = gl.convert_layout(ds, gl.DotOperandLayout(0, dk_layout, 2))
+                if meta.listed:
+                    masking = spread(ahead, m, n, batch, head, tensors, programs, s_layout)
+                    dx = run_program(programs.kept, s, dx, m, n, batch, head, masking, s, tensors, True, programs)
+        # of other rows a masked score's weight is zero
+        dx = run_program(programs.pulled, s, dx, m, n, batch, head, found, panel_values, tensors, False, programs)
+        dx = dx.to(dtype)
+        dx_half = gl.convert_layout(dx, gl.DotOperandLayout(0, dk_layout, 2))
         queries = q.room.index(place).reshape([BM, meta.head_block])
-        ds_room.store(ds)
+        if meta.panel_gradient:
+            # the last tile has left
+            mbarrier.wait(dq.empty.index(0), (step & 1) ^ 1)
+        ds_room.store(dx)
         fence_async_shared()
         none = gl.full([BM, meta.head_block], 0.0, gl.float32, dq_layout)
         dq_tile = warpgroup_mma(ds_room.permute([1, 0]), keys, none, use_acc=False, is_async=True)
         dv = warpgroup_mma(p_second, grads.slice(BM // 2, BM // 2, 0), dv, is_async=True)
-        dk = warpgroup_mma(ds_half, queries, dk, is_async=True)
+        dk = warpgroup_mma(dx_half, queries, dk, is_async=True)
         dq_tile, p_first = warpgroup_mma_wait(2, deps=[dq_tile, p_first])
         leave(dq, dq_tile, step, meta)
-        dv, dk, p_second, ds_half = warpgroup_mma_wait(0, deps=[dv, dk, p_second, ds_half])
-        tile += 1
-        if tile == span.stop:
-            tile = span.start
+        dv, dk, p_second, dx_half = warpgroup_mma_wait(0, deps=[dv, dk, p_second, dx_half])
+        entry = following
+        back += 1
+        if back == span.stop - span.start:
+            back = 0
             member += 1
+            if meta.listed:
+                # after the last head there is none to look at
+                span = span_of_member(pair, gl.minimum(member, sizes.group - 1), key_tile, lists, sizes, meta)
+            entry = entry_of(span, 0, sizes, meta)
     store(dv_desc, v.room.index(0), dv, pair, first, sizes)
     store(dk_desc, k.room.index(0), dk * sizes.factor, pair, first, sizes)
     tma.store_wait(0)
@@ -476,21 +646,25 @@ def beside_for(desc, COUNT: gl.constexpr):
 @gluon.jit(
     do_not_specialize=[
         "heads", "group", "rows", "padded_rows", "keys", "left", "right", "key_tiles", "pairs", "together",
-        "exponent", "factor",
+        "list_batch", "list_head", "list_length", "exponent", "factor",
     ],
-    do_not_specialize_on_alignment=["strange"],
+    do_not_specialize_on_alignment=["strange", "lists"],
 )  # fmt: skip
 def attention_backward(
     q_desc, k_desc, v_desc, grad_desc, top_desc, norm_desc, delta_desc, panel_desc, dq_desc, dk_desc, dv_desc,
-    strange, captures, strides, symbols,
-    heads, group, rows, padded_rows, keys, left, right, key_tiles, pairs, together, exponent, factor,
+    dpanel_desc, strange, lists, captures, strides, symbols,
+    heads, group, rows, padded_rows, keys, left, right, key_tiles, pairs, together, list_batch, list_head, list_length,
+    exponent, factor,
     programs: gl.constexpr, meta: gl.constexpr,
 ):  # fmt: skip
     """Adds to ``dq``, ordered by :func:`as_threads_have_it`, not yet scaled; writes ``dk`` and ``dv [B, Hk, N, D]``.
 
     ``top``, ``norm`` and ``delta [B * H * padded_rows]`` are what :func:`attnfuse.kernels.triton.backward.row_sums`
-    finds, and programs those of its launches: ``score``, and ``pulled`` back from its gradient. ``programs.reads`` and
-    ``.loaders`` are as in the forward. ``panel_desc`` is the capture that is read in panels.
+    finds. ``programs.bare`` makes logits of scores, ``.pulled`` the gradient of scores of that of logits; where tiles
+    are listed, ``.score`` is the program of those that the mask cuts, and ``.kept`` zero where the mask is. ``.reads``,
+    ``.bare_reads`` and ``.loaders`` are as in the forward, ``"one"`` being what varies along neither rows nor keys.
+    ``panel_desc`` is the capture that is read in panels, ``dpanel_desc`` its gradient, written or added to. ``lists``
+    are the row tiles of every key tile, where the mask is no band.
     """
     k = tiles_for(k_desc, 1)
     v = tiles_for(v_desc, 1)
@@ -507,18 +681,22 @@ def attention_backward(
     if meta.panel:
         panel = tiles_for(panel_desc, 1)
     dq = tiles_for(dq_desc, 1)
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([meta.block_n, meta.block_m], q_desc.dtype)
-    ds_room = gl.allocate_shared_memory(q_desc.dtype, [meta.block_n, meta.block_m], ds_layout)
+    if meta.panel_gradient:
+        ds = beside_for(dpanel_desc, 1)
+    else:
+        ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([meta.block_n, meta.block_m], q_desc.dtype)
+        ds = Beside(dq_desc, gl.allocate_shared_memory(q_desc.dtype, [1, meta.block_n, meta.block_m], ds_layout))
     sums = Sums(top, norm, delta)
     sizes = Sizes(
-        heads, group, rows, padded_rows, keys, left, right, key_tiles, pairs, together, exponent, factor, everything
-    )
+        heads, group, rows, padded_rows, keys, left, right, key_tiles, pairs, together, list_batch, list_head,
+        list_length, exponent, factor, everything,
+    )  # fmt: skip
     tensors = Tensors(captures, strides, symbols)
     gl.warp_specialize(
         [
-            (consume, (k, v, q, grad, sums, panel, ds_room, dq, dk_desc, dv_desc, sizes, tensors, programs, meta)),
-            (produce, (k, v, q, grad, sums, panel, sizes, meta)),
-            (add, (dq, q, panel, sizes, meta)),
+            (consume, (k, v, q, grad, sums, panel, ds, dq, dk_desc, dv_desc, lists, sizes, tensors, programs, meta)),
+            (produce, (k, v, q, grad, sums, panel, lists, sizes, meta)),
+            (add, (dq, q, ds, lists, sizes, meta)),
         ],
         [1, 1],
         [24, 24],

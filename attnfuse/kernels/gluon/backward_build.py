@@ -16,7 +16,10 @@ from attnfuse.kernels.gluon.build import HOPPER, descriptor, function
 
 __all__ = ["BackwardSource", "build_backward"]
 
-_SIZES = ("heads", "group", "rows", "padded_rows", "keys", "left", "right", "key_tiles", "pairs", "together")
+_SIZES = (
+    *("heads", "group", "rows", "padded_rows", "keys", "left", "right", "key_tiles", "pairs", "together"),
+    *("list_batch", "list_head", "list_length"),
+)
 
 
 @dataclass(frozen=True)
@@ -25,22 +28,28 @@ class BackwardSource:
 
     meta: BackwardMeta
     dtype: str
-    score: str
+    bare: str
     pulled: str
+    score: str | None = None
+    kept: str | None = None
     captures: tuple[str, ...] = ()
     strides: tuple[str, ...] = ()
     symbols: int = 0
     reads: tuple[str, ...] = ()
+    bare_reads: tuple[str, ...] = ()
     loaders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class BackwardPrograms:
-    """A source's programs as jit functions; ``reads`` and ``loaders`` as in the forward's."""
+    """A source's programs as jit functions; ``reads``, ``bare_reads`` and ``loaders`` as in the forward's."""
 
-    score: Any
+    bare: Any
     pulled: Any
+    score: Any
+    kept: Any
     reads: tuple[str, ...]
+    bare_reads: tuple[str, ...]
     loaders: tuple[Any, ...]
 
 
@@ -50,9 +59,15 @@ def build_backward(source: BackwardSource) -> Any:
     meta = source.meta
     strides = attention_backward.arg_names.index("strides")
     ones = [place for place, kind in enumerate(source.strides) if kind == "constexpr"]
-    absent = [("panel_desc", meta.panel), ("norm_desc", meta.uncertain), ("strange", meta.uncertain)]
+    absent = [
+        ("panel_desc", meta.panel), ("dpanel_desc", meta.panel_gradient), ("lists", meta.listed),
+        ("norm_desc", meta.uncertain), ("strange", meta.uncertain),
+    ]  # fmt: skip
     programs = BackwardPrograms(
-        function(source.score), function(source.pulled), source.reads, tuple(map(function, source.loaders))
+        *map(function, (source.bare, source.pulled, source.score, source.kept)),
+        source.reads,
+        source.bare_reads,
+        tuple(map(function, source.loaders)),
     )
     constants: dict[str | tuple[int, ...], Any] = {
         "meta": meta,
@@ -68,6 +83,7 @@ def _signature(source: BackwardSource) -> dict[str, Any]:
     meta = source.meta
     panels = [kind for kind, read in zip(source.captures, source.reads, strict=True) if read == "panel"]
     vector = _numbers([meta.block_m])
+    panel = descriptor(panels[0], meta.block_m, meta.block_n) if panels else "constexpr"
     return {
         "q_desc": descriptor(source.dtype, meta.block_m, meta.head_block),
         "k_desc": descriptor(source.dtype, meta.block_n, meta.head_block),
@@ -76,11 +92,13 @@ def _signature(source: BackwardSource) -> dict[str, Any]:
         "top_desc": vector,
         "norm_desc": vector if meta.uncertain else "constexpr",
         "delta_desc": vector,
-        "panel_desc": descriptor(panels[0], meta.block_m, meta.block_n) if panels else "constexpr",
+        "panel_desc": panel,
         "dq_desc": _numbers([meta.block_m * meta.head_block // 256, 256]),
         "dk_desc": descriptor(source.dtype, meta.block_n, meta.head_block),
         "dv_desc": descriptor(source.dtype, meta.block_n, meta.value_block),
+        "dpanel_desc": panel if meta.panel_gradient else "constexpr",
         "strange": "*i32" if meta.uncertain else "constexpr",
+        "lists": "*i32" if meta.listed else "constexpr",
         "captures": tuple(f"*{kind}" for kind in source.captures),
         "strides": source.strides,
         "symbols": ("i32",) * source.symbols,

@@ -32,10 +32,15 @@ class BackwardMeta:
     huge: bool = False
     uncertain: bool = False
     filled: bool = False
+    #: Row tiles come from lists.
+    listed: bool = False
     #: A capture that varies along rows and keys is read in panels, by the copy engine; it varies along batch, head.
     panel: bool = False
     panel_batch: bool = False
     panel_head: bool = False
+    #: Its gradient, which is that of the scores, is written; it is added to what is there.
+    panel_gradient: bool = False
+    panel_added: bool = False
 
     @property
     def registers_at_entry(self) -> int:

@@ -22,7 +22,7 @@ from attnfuse.reference import is_float8, out_dtype
 from attnfuse.score import Capture, S
 from attnfuse.spec import AttentionSpec, axes_of
 
-__all__ = ["TYPES", "Facts", "Plan", "planned"]
+__all__ = ["LISTED", "TYPES", "Facts", "Plan", "places", "planned"]
 
 #: Bytes of keys and values that stay in the L2 cache while all their row tiles run (H200 has 60 MB, in two halves).
 CACHED = 24 << 20
@@ -136,7 +136,7 @@ def _made(
     shapes = ((q_shape, q_strides), *_of_keys(facts, source.meta), out)
     listing = listing_of(spec, facts, symbols, source.meta, programs)
     band = programs.band.left or 0, programs.band.right or 0
-    sizes = (heads, group, kv_batch, rows, keys, *band, row_tiles, pairs, together, *_places(listing))
+    sizes = (heads, group, kv_batch, rows, keys, *band, row_tiles, pairs, together, *places(listing))
     # programs and meta are compiled in
     numbers = (_strides(spec, captured), symbols, *sizes, programs.exponent, None, None)
     slot = source.reads.index("panel") if source.meta.panel else None
@@ -191,7 +191,7 @@ def listing_of(
     return Listing(mask, *sizes, band, _strides(spec, captured), symbols)
 
 
-def _places(listing: Listing | None) -> tuple[int, int, int]:
+def places(listing: Listing | None) -> tuple[int, int, int]:
     """Lists from one batch to the next, from one head to the next, and the length of one."""
     if listing is None:
         return 0, 0, 0

@@ -12,7 +12,7 @@ from attnfuse.kernels.triton import logit_of
 from attnfuse.score import Const, Expr, P, apply, walk
 from attnfuse.spec import AttentionSpec
 
-__all__ = ["Programs", "programs_of"]
+__all__ = ["Programs", "mask_of", "programs_of"]
 
 #: Logits beyond this lose more than 0.01 where ``s * scale - top * scale`` rounds one product and not the other.
 LARGE = 1e5
@@ -43,7 +43,7 @@ def programs_of(spec: AttentionSpec, rows: int, keys: int, symbols: tuple[int, .
     skips = _skips(spec, rows, keys, symbols)
     logit = logit_of(_unfilled(spec) if skips else spec)
     cut = logit.core if skips else logit.masked
-    mask = _mask(spec, skips)
+    mask = mask_of(spec, banded=skips)
     return Programs(
         cut,
         cut if mask is None else logit.bare,
@@ -68,13 +68,13 @@ def _skips(spec: AttentionSpec, rows: int, keys: int, symbols: tuple[int, ...]) 
     return form.fill == float("-inf") or rows_kept(spec, rows, keys, symbols)
 
 
-def _mask(spec: AttentionSpec, skips: bool) -> Expr | None:
-    """What decides of a key beside the band, or with it where the band is not left out."""
+def mask_of(spec: AttentionSpec, *, banded: bool) -> Expr | None:
+    """What decides of a key beside the band, or with it where the band is not left out; None where nothing does."""
     form = form_of(spec.score)
     if form is None or form.fill > ABSORBING:
         return None
     masks = _beside_a_band(spec, form)
-    asked = masks if skips else form.keep
+    asked = masks if banded else form.keep
     return reduce(lambda left, right: apply("and", left, right), asked) if masks else None
 
 

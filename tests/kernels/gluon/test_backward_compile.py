@@ -31,22 +31,23 @@ SPECS = {
     "bias": _spec("where(n <= m, 0.1 * s + t0, -inf)", "bfloat16[h,m,n]"),
     "float32 bias": _spec("0.1 * s + t0", "float32[h,m,n]"),
     "documents": _spec("where(t0 == t1, 0.1 * s, -inf)", "int32[b0,m]", "int32[b0,n]"),
+    "causal documents": _spec("where((n <= m) & (t0 == t1), 0.1 * s, -inf)", "int32[b0,m]", "int32[b0,n]"),
 }
 #: Bytes that a thread spills; in the loop none of a full attention's.
 SPILLED = {"full": 0, "causal": 48, "window": 112, "softcap": 512, "slopes": 144, "bias": 330, "float32 bias": 208,
-           "documents": 144}  # fmt: skip
-ROWS = 512
+           "documents": 144, "causal documents": 144}  # fmt: skip
+ROWS = 1024
 
 
 def sourced(spec: AttentionSpec, width: int) -> BackwardSource:
-    """What a launch of 512 rows and keys compiles, on a Hopper GPU."""
+    """What a launch of 1024 rows and keys compiles, on a Hopper GPU; gradients are asked for of all that is float."""
     query = torch.empty(1, 2, ROWS, width, dtype=torch.bfloat16)
     sizes = {"b0": 1, "h": 2, "m": ROWS, "n": ROWS}
     shapes = [[sizes[axis] if axis in each.axes else 1 for axis in spec.axes] for each in spec.captures]
     types = [getattr(torch, each.dtype) for each in spec.captures]
     captures = [torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)]
     residual = Residual(query, torch.empty(1, 2, ROWS))
-    needs = [True] * 3 + [False] * len(captures)
+    needs = [True] * 3 + [x.is_floating_point() for x in captures]
     with mock.patch.object(gradients, "_target", return_value=Target.parse("cuda:sm90")):
         return backward_sourced(Gradients(spec, query, query, query, query, captures, (), needs, residual))[0]
 

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from attnfuse.kernels import lookup
 from attnfuse.kernels.gluon.hopper import declined
+from attnfuse.kernels.triton.gradients import Gradients, Sums
 from attnfuse.target import Target
-from tests.kernels.cases import SIZES, SPECS, Case, Sizes, assert_as_exact, case, written_out
+from tests.kernels.cases import MIN, SIZES, SPECS, Case, Sizes, assert_as_exact, case, spec, written_out
 from tests.kernels.gluon.test_gpu import WIDE, pytestmark  # noqa: F401 - a mark of this module's tests
+from tests.kernels.gluon.test_random import drawn
 from tests.kernels.test_backward import gradients
 
 #: Each is a kernel of its own to compile.
@@ -82,3 +84,64 @@ def test_keys_and_values_are_exact_again() -> None:
     grad_out: Tensor = torch.randn_like(given.query)
     runs = [gradients(given, "gluon", grad_out) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1:], runs[1][1:], strict=True))
+
+
+#: Masks that are no band; every row keeps a key, or not.
+LISTED = {
+    "documents": (spec("where((n <= m) & (t0 == t1), 0.1 * s, -inf)", "int32[b0,m]", "int32[b0,n]"), True),
+    "documents both ways": (spec("where(t0 == t1, 0.1 * s, -inf)", "int64[b0,m]", "int64[b0,n]"), True),
+    "documents and slopes": (
+        spec("where((n <= m) & (t0 == t1), 0.1 * s + t2 * (n - m), -inf)", "int32[m]", "int32[n]", "float32[h]"), True,
+    ),
+    "documents in a window": (
+        spec("where((n <= m) & (n >= m - 300) & (t0 == t1), 0.1 * s, -inf)", "int32[m]", "int32[n]"), True,
+    ),
+    "blocks of each head": (spec("where(t0 | (m == n), 0.1 * s, -inf)", "bool[h,m,n]"), True),
+    "prefix": (spec("where((n <= m) | (n < 200), 0.1 * s, -inf)"), True),
+    "softcap and a prefix": (spec("where((n <= m) | (n < 200), 5.0 * tanh(0.02 * s), -inf)"), True),
+    "padding, finite fill": (spec(f"where((n <= m) & (t0 | (n < 1)), 0.1 * s, {MIN})", "bool[b0,n]"), True),
+    "documents, a bias": (
+        spec("where((n <= m) & (t0 == t1), 0.1 * s + t2, -inf)", "int32[m]", "int32[n]", "bfloat16[h,m,n]"), True,
+    ),
+    "documents, a sink": (
+        spec("where((n <= m) & (t0 == t1), 0.1 * s, -inf)", "int32[m]", "int32[n]", "float32[h]", sink="t2"), True,
+    ),
+    "rows without keys": (spec("where(t0 == t1, 0.1 * s, -inf)", "int64[b0,m]", "int64[b0,n]"), False),
+    "rows without keys, finite fill": (spec(f"where(t0, 0.1 * s, {MIN})", "bool[b0,m,n]"), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_lists_of_tiles(name: str) -> None:
+    of, kept = LISTED[name]
+    given = drawn(of, Sizes((2,), 4, 2, 1160, 1160, 128, 128), torch.bfloat16, 1)
+    if kept:
+        ids = [x for x in given.captures if not x.is_floating_point() and x.dtype != torch.bool]
+        for rows, keys in zip(ids[::2], ids[1::2], strict=True):
+            keys.copy_(rows.mT)
+    checked(given)
+
+
+#: Biases whose gradient the body writes, or adds to: for each whether tiles may be left out.
+BIASES = {
+    "of heads": spec("0.1 * s + t0", "bfloat16[h,m,n]"),
+    "of heads, causal": spec("where(n <= m, 0.1 * s + t0, -inf)", "bfloat16[h,m,n]"),
+    "of everything": spec("where(n <= m, 0.1 * s + t0, -inf)", "bfloat16[b0,h,m,n]"),
+    "of batches": spec("0.1 * s + t0", "bfloat16[b0,m,n]"),
+    "and a sink of its own": spec("0.1 * s + t0", "bfloat16[h,m,n]", "float32[h]", sink="t1"),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+@pytest.mark.parametrize("rows", [1, 700, 1160])
+def test_a_bias_has_the_gradient_of_the_scores(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = BIASES[name]
+    given = drawn(of, Sizes((2,), 4, 2, rows, 520, 128, 128), torch.bfloat16, 1)
+    through = Gradients._through_scores
+
+    def others(self: Gradients, slot: int, sums: Sums) -> Tensor | None:
+        assert of.captures[slot].dtype != "bfloat16"
+        return through(self, slot, sums)
+
+    monkeypatch.setattr(Gradients, "_through_scores", others)
+    checked(given)

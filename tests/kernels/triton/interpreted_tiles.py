@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnfuse.kernels.gluon.backward_lists import row_tiles_of
+from attnfuse.kernels.gluon.backward_meta import BackwardMeta
 from attnfuse.kernels.triton import Listing, Mask
 from attnfuse.score import parse
 from attnfuse.spec import AttentionSpec, Captured
@@ -151,3 +153,29 @@ def test_rows_that_keep_nothing_see_everything(name: str) -> None:
     for found, some in zip(listed(given), empty, strict=True):
         assert found == everything or not some
     assert_lists(given)
+
+
+@pytest.mark.parametrize("band", BANDS)
+@pytest.mark.parametrize("name", MASKS)
+def test_row_tiles_of_each_key_tile(name: str, band: str) -> None:
+    """What a backward walks: the same mask, rows and keys having changed places."""
+    given = setting(name, band, 150, 50)
+    meta = BackwardMeta(64, 64, WIDTH, HEIGHT, left=given.listing.mask.left, right=given.listing.mask.right)
+    shape = (2, 3, given.listing.rows, 64)
+    lister = row_tiles_of(
+        given.listing.mask.program, given.spec, meta, shape, given.listing.keys, given.listing.band,
+        given.listing.strides, (), wide=False,
+    )  # fmt: skip
+    lists = lister.launcher(torch.device("cpu"))(given.captures)
+    found = [each[1 : 1 + int(each[0])].tolist() for each in lists.flatten(0, 2)]
+    wanted = [
+        [2 * tile + int(not (part.all() and part.shape[0] == WIDTH)) for tile, part in enumerate(tiles) if part.any()]
+        for pair in given.keep().flatten(0, 1)
+        for tiles in (keys.split(WIDTH) for keys in pair.split(HEIGHT, dim=1))
+    ]
+    assert (lister.mask.left, lister.mask.right) == (given.listing.mask.right, given.listing.mask.left)
+    for mine, each in zip(found, wanted, strict=True):
+        if not lister.mask.ranged and each:
+            assert mine == each[::-1]
+        assert {entry // 2 for entry in each} <= {entry // 2 for entry in mine}
+        assert {entry for entry in mine if entry % 2 == 0} <= set(each)
