@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isclose
+from math import isclose, isfinite
 
 from attnfuse.derivative import pullback
 from attnfuse.kernels.gluon.programs import mask_of
@@ -15,7 +15,7 @@ from attnfuse.spec import AttentionSpec
 
 __all__ = ["BodyPrograms", "body_programs"]
 
-ZERO = Const(0.0)
+ZERO, ONE = Const(0.0), Const(1.0)
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,13 @@ def body_programs(
 def _apart(program: Expr) -> tuple[float, Expr]:
     """``(c, p)`` with ``program == c * p``: what multiplies every score's gradient can do so when they are summed."""
     match program:
-        case Apply("mul", (Const(float() as value), inner)) | Apply("mul", (inner, Const(float() as value))):
+        case Const(float() as value) if value and isfinite(value):
+            return value, ONE
+        case Apply("div", (inner, Const(float() as value))) if value and isfinite(value):
             constant, rest = _apart(inner)
-            return constant * value, rest
+            return constant / value, rest
         case Apply("mul", (left, right)):
             (first, left), (second, right) = _apart(left), _apart(right)
-            return first * second, apply("mul", left, right)
+            rest = left if right == ONE else right if left == ONE else apply("mul", left, right)
+            return first * second, rest
     return 1.0, program
