@@ -382,6 +382,15 @@ def of_rows(vectors, step, meta: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def tops(sums, row, step, sizes, meta: gl.constexpr, layout: gl.constexpr):
+    """Of each row what normalises its weights; of those beyond the last one that leaves nothing."""
+    top = of_rows(sums.top, step, meta, layout)
+    if meta.ragged_rows:
+        top = gl.where(row < sizes.rows, top, float("inf"))
+    return top
+
+
+@gluon.jit
 def read(m, n, batch, head, tensors, programs: gl.constexpr):
     """Of each capture that a whole tile reads, its values there, in as many dimensions as it varies along."""
     found = ()
@@ -538,6 +547,9 @@ def consume(
         dp = warpgroup_mma(values, grads.permute([1, 0]), zero, use_acc=False, is_async=True)
         # of captures that only the mask reads, a whole tile needs nothing
         found = read(m, n, batch, head, tensors, programs)
+        top = row
+        if meta.early:
+            top = tops(sums, row, step, sizes, meta, row_layout)
         ahead = found
         if meta.listed:
             ahead = read_ahead(tile, n, batch, head, tensors, sizes, programs, meta)
@@ -561,9 +573,8 @@ def consume(
             if meta.left or meta.right or meta.ragged:
                 if partial:
                     u = cut(u, float("-inf"), col, row, sizes, meta)
-        top = of_rows(sums.top, step, meta, row_layout)
-        if meta.ragged_rows:
-            top = gl.where(row < sizes.rows, top, float("inf"))
+        if not meta.early:
+            top = tops(sums, row, step, sizes, meta, row_layout)
         p = weights(u, gl.expand_dims(top, 0), sizes, meta)
         if meta.uncertain:
             # of other rows it is one
