@@ -64,7 +64,10 @@ def build_backward(source: BackwardSource) -> Any:
         ("norm_desc", meta.uncertain), ("strange", meta.uncertain),
     ]  # fmt: skip
     programs = BackwardPrograms(
-        *map(function, (source.bare, source.pulled, source.score, source.kept)),
+        function(source.bare),
+        function(source.pulled),
+        function(source.score),
+        function(source.kept),
         source.reads,
         source.bare_reads,
         tuple(map(function, source.loaders)),

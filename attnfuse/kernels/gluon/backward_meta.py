@@ -14,8 +14,8 @@ class BackwardMeta:
     """What a backward knows when it is compiled: first what tuning chooses, then facts of the attention.
 
     ``head_block`` and ``value_block`` are the widths of tiles, ``block_m`` their rows, ``block_n`` their keys;
-    ``stages`` tiles of queries and of gradients are in shared memory. What normalises rows is read ``early``, beside the
-    products, or when it is needed. ``longest_first`` orders a causal mask's blocks.
+    ``stages`` tiles of queries and of gradients are in shared memory. What normalises rows is read ``early``, beside
+    the products, or when it is needed. ``longest_first`` orders a causal mask's blocks.
     """
 
     head_block: int

@@ -24,13 +24,16 @@ from attnfuse.kernels.triton.gradients import Gradients
 from attnfuse.kernels.triton.memory import capture_strides, memory_of
 from attnfuse.kernels.triton.plan import BackwardPlan as Programs
 from attnfuse.kernels.triton.text import function_text
-from attnfuse.score import Capture
+from attnfuse.score import Capture, Expr, S
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["BackwardPlan", "backward_planned", "backward_sourced", "layout_of", "padded"]
 
 #: Bytes that stay in the L2 cache while all blocks that share them run (H200 has 60 MB, in two halves).
 CACHED = 24 << 20
+
+#: Captures, a panel among them, whose addresses and strides have room in shared memory beside three tiles of queries.
+MOST_BESIDE = 2
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -88,11 +91,17 @@ def backward_sourced(gradients: Gradients, meta: BackwardMeta | None = None) -> 
     reads = _reads(spec, programs, strides, [x.dtype for x in memories])
     write = partial(function_text, captures=spec.captures, fast=facts.fast, wide=facts.wide)
     steps = capture_strides(spec, memories)
-    texts = [None if x is None else write(given(x, spec.captures, symbols)) for x in programs.all]
+
+    def written(program: Expr) -> str:
+        return write(given(program, spec.captures, symbols))
+
     source = BackwardSource(
         _with_facts(chosen, gradients, facts, programs, reads),
         TYPES[gradients.query.dtype],
-        *texts,
+        written(programs.bare),
+        written(programs.pulled),
+        None if programs.mask is None else written(programs.score),
+        None if programs.kept is None else written(programs.kept),
         captures=tuple(TYPES[x.dtype] for x in memories),
         strides=tuple("constexpr" if step == 1 else "i64" if step >= 2**31 else "i32" for step in steps),
         symbols=symbols,
@@ -119,7 +128,8 @@ def _with_facts(
     added = 0 if slot is None else _added(gradients, programs, slot)
     return replace(
         meta,
-        stages=2 if slot is not None and spec.captures[slot].dtype == "float32" else meta.stages,
+        stages=min(meta.stages, 2) if slot is not None and _crowded(gradients, slot, programs) else meta.stages,
+        early=meta.early or (programs.bare == S and not (facts.left or facts.right or programs.mask is not None)),
         longest_first=facts.right and not facts.left,
         left=facts.left,
         right=facts.right,
@@ -135,6 +145,12 @@ def _with_facts(
         panel_gradient=added > 0,
         panel_added=added > 1,
     )
+
+
+def _crowded(gradients: Gradients, slot: int, programs: BodyPrograms) -> bool:
+    """Whether a panel, or what is handed to the warps beside one, leaves no room for three tiles of queries."""
+    captures = gradients.spec.captures
+    return gradients.captures[slot].dtype == torch.float32 or programs.mask is not None or len(captures) > MOST_BESIDE
 
 
 def _added(gradients: Gradients, programs: BodyPrograms, slot: int) -> int:
@@ -182,9 +198,7 @@ def _made(gradients: Gradients, read: Sequence[Tensor]) -> BackwardPlan:
     )
 
 
-def _listing(
-    gradients: Gradients, meta: BackwardMeta, programs: BodyPrograms, shape: Sequence[int]
-) -> Listing | None:
+def _listing(gradients: Gradients, meta: BackwardMeta, programs: BodyPrograms, shape: Sequence[int]) -> Listing | None:
     if programs.mask is None:
         return None
     spec, captures = gradients.spec, gradients.memories[3:]

@@ -24,28 +24,20 @@ class BodyPrograms:
     for ``factor``.
 
     Where ``mask`` is not None, it says which keys have a weight beside a band, so that tiles may be listed: ``score``
-    is then the program of tiles that it cuts. ``filled``: a key outside of the band may weigh something, so that its
-    fill must be computed. ``unit`` is one of ``bare`` as a logit.
+    is then the program of tiles that it cuts, and ``kept`` a number where the mask, beside a band that the body knows,
+    keeps its key, and zero elsewhere. ``filled``: a key outside of the band may weigh something, so that its fill must
+    be computed. ``unit`` is one of ``bare`` as a logit.
     """
 
     bare: Expr
     pulled: Expr
     score: Expr
     mask: Expr | None
+    kept: Expr | None
     exponent: float
     factor: float
     unit: float
     filled: bool
-
-    @property
-    def all(self) -> tuple[Expr, Expr, Expr | None, Expr | None]:
-        """What is compiled: the last two where tiles are listed."""
-        return self.bare, self.pulled, None if self.mask is None else self.score, self.kept
-
-    @property
-    def kept(self) -> Expr | None:
-        """A number where the mask keeps its key, and zero elsewhere."""
-        return None if self.mask is None else apply("where", self.mask, P, ZERO)
 
     def summand(self, slot: int) -> bool:
         """Whether a capture is added to the scores, so that its gradient is what ``pulled`` maps to."""
@@ -61,10 +53,13 @@ def body_programs(
     filled = plan.uncertain and fill is not None and fill > float("-inf")
     mask = mask_of(spec, banded=plan.left or plan.right) if listed and fill is not None else None
     bare = score = plan.masked_program if filled else plan.core_program
+    # a fill of the program's own leaves the band to it
+    whole = mask_of(spec, banded=False) if mask is not None and filled else mask
     if mask is not None:
         bare = logit_of(spec, rows_kept=rows_kept(spec, rows, keys, symbols)).bare
     constant, pulled = _apart(pullback(bare).get(S, ZERO))
-    return BodyPrograms(bare, pulled, score, mask, plan.exponent, plan.factor * constant, plan.factor, filled)
+    kept = None if whole is None else apply("where", whole, P, ZERO)
+    return BodyPrograms(bare, pulled, score, mask, kept, plan.exponent, plan.factor * constant, plan.factor, filled)
 
 
 def _apart(program: Expr) -> tuple[float, Expr]:

@@ -31,11 +31,17 @@ SPECS = {
     "bias": _spec("where(n <= m, 0.1 * s + t0, -inf)", "bfloat16[h,m,n]"),
     "float32 bias": _spec("0.1 * s + t0", "float32[h,m,n]"),
     "documents": _spec("where(t0 == t1, 0.1 * s, -inf)", "int32[b0,m]", "int32[b0,n]"),
+    "bias of documents": _spec(
+        "where((n <= m) & (t0 == t1), 0.1 * s + t2, -inf)", "int64[b0,m]", "int64[b0,n]", "bfloat16[b0,h,m,n]"
+    ),
+    "bias in a window": _spec(
+        "where((n <= m) & (n >= m - 100), 0.1 * s + t0 + t1, -inf)", "bfloat16[b0,h,m,n]", "float32[b0,h,m]"
+    ),
     "causal documents": _spec("where((n <= m) & (t0 == t1), 0.1 * s, -inf)", "int32[b0,m]", "int32[b0,n]"),
 }
 #: Bytes that a thread spills; in the loop none of a full attention's.
-SPILLED = {"full": 0, "causal": 48, "window": 112, "softcap": 512, "slopes": 144, "bias": 330, "float32 bias": 208,
-           "documents": 144, "causal documents": 144}  # fmt: skip
+SPILLED = {"full": 0, "causal": 32, "window": 48, "softcap": 160, "slopes": 48, "bias": 80, "float32 bias": 80,
+           "documents": 128, "bias of documents": 320, "bias in a window": 480, "causal documents": 320}  # fmt: skip
 ROWS = 1024
 
 

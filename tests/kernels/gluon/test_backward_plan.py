@@ -61,7 +61,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr(gradients, "_finish", lambda plan, added, target: None)
     monkeypatch.setattr(HopperGradients, "_sums", _no_sums)
     monkeypatch.setattr(HopperGradients, "_through_scores", lambda self, slot, sums: torch.tensor(7.0))
-    monkeypatch.setattr(gradients, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active))))
+    monkeypatch.setattr(
+        gradients, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
+    )
     return found
 
 
@@ -101,6 +103,18 @@ def test_lists_are_made_before_each_launch_or_once(launched: Launches) -> None:
     _, call = launched[-1]
     assert call["lists"].shape == (1, 1, 8, 21)
     assert int(call["lists"].flatten()[0]) == 0
+
+
+def test_a_row_that_keeps_nothing_has_no_gradient_anywhere(launched: Launches) -> None:
+    """Behind a finite fill it weighs all keys: those behind the band too."""
+    run(spec(f"where((n <= m) & t0, 0.3 * s, {MIN})", "bool[b0,n]"))
+    ((source, call),) = launched
+    assert source.meta.filled
+    assert call["lists"] is not None
+    assert source.kept is not None
+    assert "n <= m" in source.kept
+    # the band says which tiles there are, so the lists need not ask
+    assert "n <= m" not in source.bare
 
 
 def test_few_rows_and_mild_fills_are_not_listed(launched: Launches) -> None:
