@@ -229,18 +229,14 @@ def conditioning(given: Case) -> float:
 
 
 def assert_as_exact(
-    found: Sequence[Tensor],
-    source: Sequence[Tensor],
-    truth: Sequence[Tensor],
-    roundings: float = 4.0,
-    besides: Sequence[float] | None = None,
+    found: Sequence[Tensor], source: Sequence[Tensor], truth: Sequence[Tensor], roundings: float = 4.0
 ) -> None:
     """NaN at the same positions; errors against ``truth`` at most twice those of ``source``, plus ``roundings``.
 
     Behind float64 there is no more exact type: truth has rounding errors of its own, of sums over the keys, which
-    count as 64 ``roundings`` more. ``besides`` are errors that ``source`` is spared, by operand: they count twice too.
+    count as 64 ``roundings`` more.
     """
-    for mine, theirs, true, spared in zip(found, source, truth, besides or [0.0] * len(found), strict=True):
+    for mine, theirs, true in zip(found, source, truth, strict=True):
         assert mine.shape == true.shape
         assert torch.equal(mine.isnan(), true.isnan())
         size = true.nan_to_num().abs().amax().item() if true.numel() else 0.0
@@ -248,6 +244,6 @@ def assert_as_exact(
         errors = [(x.double() - true).nan_to_num().abs() for x in (mine, theirs)]
         for measure in (torch.mean, torch.amax):
             ours, limit = (measure(e).item() if e.numel() else 0.0 for e in errors)
-            assert ours <= 2 * (limit + spared) + floor, (
-                f"{measure.__name__} error {ours:.3g}, source {limit:.3g}, spared {spared:.3g}, floor {floor:.3g}"
+            assert ours <= 2 * limit + floor, (
+                f"{measure.__name__} error {ours:.3g}, source {limit:.3g}, floor {floor:.3g}"
             )

@@ -11,7 +11,6 @@ from attnfuse.kernels.gluon.hopper import declined
 from attnfuse.kernels.triton.gradients import Gradients, Sums
 from attnfuse.target import Target
 from tests.kernels.cases import MIN, SIZES, SPECS, Case, Sizes, assert_as_exact, case, spec, written_out
-from tests.kernels.gluon.rounded_output import left_by_rounding
 from tests.kernels.gluon.test_gpu import WIDE, pytestmark  # noqa: F401 - a mark of this module's tests
 from tests.kernels.gluon.test_random import drawn
 from tests.kernels.test_backward import gradients
@@ -43,7 +42,7 @@ def checked(given: Case) -> None:
     source = torch.autograd.grad(written_out(leaves), floats, grad_out, allow_unused=True)
     source = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(floats, source, strict=True)]
     truth = gradients(given.to(torch.float64), None, grad_out)
-    assert_as_exact(gradients(given, "gluon", grad_out), source, truth, 8.0, left_by_rounding(given, grad_out))
+    assert_as_exact(gradients(given, "gluon", grad_out), source, truth, 8.0)
 
 
 @pytest.mark.parametrize(("sizes", "dtype"), TRIED)
