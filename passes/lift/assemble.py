@@ -166,16 +166,7 @@ class Parts:
 
 def site_of(reader: Reader, parts: Parts) -> Site:
     """The site in today's axes, its programs of leaves alone. Raises :class:`Refused` where they cannot be."""
-    programs = [_leaves_only(reader, program) for program in parts.programs]
-    unnormalised = parts.normaliser == "none"
-    score = normalise(programs[0], reader.kind_of, WEIGHT_RULES if unnormalised else ())
-    if any(_overflows(program, unnormalised=unnormalised) for program in (score, *programs[1:])):
-        raise _refusal(
-            "the program makes scores infinite: by a literal, a division by zero, or a mask without a softmax",
-            parts.softmax,
-        )
-    if any(part == apply("log", P) for part in walk(programs[1])):
-        raise _refusal("the logarithm of a weight is used, which is finite where the weight is zero", parts.softmax)
+    score, weight, *extra = _checked(reader, parts)
     query, key, value = (_final(reader, operand) for operand in parts.operands)
     return Site(
         node=parts.node,
@@ -189,8 +180,8 @@ def site_of(reader: Reader, parts: Parts) -> Site:
         key=key,
         value=value,
         score=score,
-        weight=normalise(programs[1], reader.kind_of),
-        extra=tuple(programs[2:]),
+        weight=normalise(weight, reader.kind_of),
+        extra=tuple(extra),
         dropout=parts.dropout,
         normaliser=parts.normaliser,
         empty_rows=parts.empty_rows,
@@ -207,6 +198,19 @@ def site_of(reader: Reader, parts: Parts) -> Site:
         consumers=dict(reader.consumer),
         reads=_widest_reads(reader),
     )
+
+
+def _checked(reader: Reader, parts: Parts) -> list[Expr]:
+    """The programs of leaves alone, the score's in its normal form. Raises :class:`Refused` where one is no number."""
+    score, weight, *extra = (_leaves_only(reader, program) for program in parts.programs)
+    unnormalised = parts.normaliser == "none"
+    programs = [normalise(score, reader.kind_of, WEIGHT_RULES if unnormalised else ()), weight, *extra]
+    if any(_overflows(program, unnormalised=unnormalised) for program in programs):
+        reason = "the program makes scores infinite: by a literal, a division by zero, or a mask without a softmax"
+        raise _refusal(reason, parts.softmax)
+    if any(part == apply("log", P) for part in walk(weight)):
+        raise _refusal("the logarithm of a weight is used, which is finite where the weight is zero", parts.softmax)
+    return programs
 
 
 #: Operations whose result is finite, or what it would be without, where one of their arguments is infinite.

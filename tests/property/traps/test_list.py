@@ -159,6 +159,8 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "constants: a_buffer_that_a_checkpoint_may_replace_stays_a_tensor, a_buffer_that_is_written_stays_a_tensor",
         "constants: an_attribute_under_torch_compile_stays_a_tensor",
         "constants: a_large_site_is_certified_with_the_mask_it_has",
+        "numbered: positions_in_order_are_one_document, what_more_than_numbers_decides_stays_a_tensor",
+        "numbered: a_length_that_may_change_is_no_number",
     ),
     "a softmax that makes empty rows zero": ("calls: a_softmax_that_is_safe, a_softmax_whose_empty_rows_are_cleared",),
     "weights that no softmax made": (
