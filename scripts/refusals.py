@@ -21,6 +21,8 @@ from typing import Annotated
 
 import typer
 
+_RECURRENCE = "a recurrence over chunks (gated delta rule, xLSTM): its states are products too, and no attention"
+
 #: Why a refusal is just, by how its reason begins.
 JUST: dict[str, str] = {
     "the attention weights are returned": (
@@ -28,10 +30,11 @@ JUST: dict[str, str] = {
         " the attention is a graph of its own, which returns what nobody takes; without the break it fuses"
     ),
     "the attention weights are also used by pad": "the weights are wanted, for relative positions of the values",
-    "the attention weights are also used by zeros_like": "a recurrence over chunks (gated delta rule), no attention",
-    "the attention weights are also used by matmul": "the same",
+    "the attention weights are also used by zeros_like": _RECURRENCE,
+    "the attention weights are also used by matmul": _RECURRENCE,
+    "the attention weights are also used by sum": _RECURRENCE,
     "the attention scores are also used by transpose": "the scores are wanted, by a second softmax over the other side",
-    "the attention scores are also used by masked_fill_": "the same",
+    "the attention scores are also used by masked_fill_": "they are wanted by a second softmax over the other side",
     "what is done with the scores needs all of them": "the logits hold a reduction of the scores other than a shift",
     "there is a single key": "a softmax over one key is 1 whatever the scores: there is nothing to compute",
     "the softmax runs over another axis": "each key is shared out among the queries: no attention over keys",
