@@ -91,6 +91,12 @@ class Gradients:
         return math.prod(self.query.shape[:-2])
 
     @cached_property
+    def grad_lse(self) -> Tensor | None:
+        """The gradient of the lse, as bodies read it: ``[*B, H, M]`` in float32, contiguous."""
+        given = self.residual.grad_lse
+        return None if given is None else given.to(torch.float32).contiguous()
+
+    @cached_property
     def seed(self) -> Tensor | None:
         """Dropout's."""
         return seed_of(self.spec, self.captures) if self.spec.dropout else None
@@ -142,11 +148,9 @@ class Gradients:
         programs = -(-shape[-1] // plan.rows) * self.heads
         strange = self.query.new_empty(programs if plan.uncertain else 0, dtype=torch.int32)
         assert self.residual.lse is not None
-        grad_lse = self.residual.grad_lse
         row_sums[(programs,)](
             self.query, self.key, self.residual.out, self.grad_out, self.residual.lse.contiguous(),
-            None if grad_lse is None else grad_lse.to(torch.float32).contiguous(), top, norm, delta, sink, strange,
-            self.scope,
+            self.grad_lse, top, norm, delta, sink, strange, self.scope,
             *map(self.strides, (self.query, self.key, self.residual.out, self.grad_out)), self.sizes, plan,
             **options_of(plan.schedule),
         )  # fmt: skip
@@ -202,8 +206,7 @@ class Gradients:
         """What the gradients of a row's logits sum to, ``[*B, H, M]``; None for zero, or where nobody asks."""
         if plan.reduce != "keys":
             return None
-        of_lse, of_sink = self.residual.grad_lse, sums.sink
-        of_lse = None if of_lse is None else of_lse.to(torch.float32).contiguous()
+        of_lse, of_sink = self.grad_lse, sums.sink
         if of_sink is None:
             return of_lse
         return -of_sink if of_lse is None else of_lse - of_sink
