@@ -6,6 +6,7 @@ python scripts/bench.py --only llama,bias -n 2048
 python scripts/bench.py --quick                  seconds, not minutes: does it run at all
 python scripts/bench.py --device cuda            every variant on a GPU, forward and backward, N = 4096, D = 128
 python scripts/bench.py --device cuda -n 512,16384 --widths 64,256 --steps forward --only llama --json f --plot f
+python scripts/bench.py --device cuda -n 512 --peers "SDPA by hand,attnfuse"
 python scripts/bench.py --device cuda --models    whole models there, beside the same rewritten by hand
 python scripts/bench.py --cost                   fuse_graph against nodes, and against Inductor
 python scripts/bench.py --layouts --device cuda  what layouts cost there; kept for the cost model
@@ -38,6 +39,7 @@ from benchmark.gpu import GpuRow, gpu_cases, measure_gpu, to_compile
 from benchmark.layouts import LAYOUT_DEVICES, as_rows, measure_layouts, write
 from benchmark.measure import Effort, Row, measure
 from benchmark.models import ModelRow
+from benchmark.peers import PEERS
 from benchmark.table import as_json, as_line, as_table
 from benchmark.targets import Target, growth, speed
 
@@ -55,6 +57,7 @@ Names = Annotated[str, typer.Option(help=f"of {', '.join(variant.name for varian
 Lengths = Annotated[str, typer.Option("--lengths", "-n", help="numbers of keys; each variant's own when left out")]
 Widths = Annotated[str, typer.Option(help="head sizes on a GPU; 128 when left out")]
 Steps = Annotated[str, typer.Option(help=f"of {', '.join(STEPS)}, on a GPU; both when left out")]
+Peers = Annotated[str, typer.Option(help=f"of {', '.join(PEERS)}, on a GPU; all when left out")]
 Dtypes = Annotated[str, typer.Option(help=f"of {', '.join(DTYPES)}; both when left out")]
 
 
@@ -65,6 +68,7 @@ def bench(
     dtypes: Dtypes = "",
     widths: Widths = "",
     steps: Steps = "",
+    peers: Peers = "",
     cost: Annotated[bool, typer.Option("--cost", help="measure the rewriting instead")] = False,
     layouts: Annotated[bool, typer.Option("--layouts", help="measure what layouts cost, for the cost model")] = False,
     whole: Annotated[bool, typer.Option("--models", help="measure whole models on a GPU")] = False,
@@ -88,7 +92,7 @@ def bench(
         content, targets = _bench_blocks(device, _words(only))
     elif device == "cuda":
         content, targets = (
-            _bench_models(only, steps, json) if whole else _bench_gpu(only, lengths, widths, steps, plot, json)
+            _bench_models(only, steps, json) if whole else _bench_gpu(only, lengths, widths, steps, peers, plot, json)
         )
     elif cost:
         content, targets = _bench_cost(QUICK_LAYERS if quick else LAYERS, inductor_layers)
@@ -153,15 +157,16 @@ def _bench_rows(
 
 
 def _bench_gpu(
-    only: str, lengths: str, widths: str, steps: str, plot: Path | None, json: Path | None
+    only: str, lengths: str, widths: str, steps: str, peers: str, plot: Path | None, json: Path | None
 ) -> tuple[dict[str, Sequence[Any]], list[Target]]:
     names = _known("variant", only, [variant.name for variant in VARIANTS])
     lengths_of, widths_of = (tuple(map(_length, _words(listed))) for listed in (lengths, widths))
     todo = gpu_cases(names, lengths_of, widths_of, _known("step", steps, STEPS))
-    _compile_ahead(to_compile(todo))
+    competing = _known("peer", peers, PEERS) or tuple(PEERS)
+    _compile_ahead(to_compile(todo, competing))
     rows: list[GpuRow] = []
     for case in track(todo, "measuring", console=err):
-        rows.append(measure_gpu(case))
+        rows.append(measure_gpu(case, competing))
         err.print(gpu_table.as_line(rows[-1]), highlight=False)
         _keep(json, {"rows": rows})
     out.print(gpu_table.as_table(rows))

@@ -49,6 +49,17 @@ def _sdpa_window(given: Tensors) -> Attention:
     return _sdpa(attn_mask=lower & ~lower.tril(-(len(lower) // 4)))
 
 
+def _dequantised(given: Tensors, attend: Attention) -> Attention:
+    """Neither operation takes float8: operands are widened first, in one pass each."""
+    scales = [given[f"{name}_scale"][:, None, None] for name in ("query", "key", "value")]
+    widen = torch.compile(lambda x, scale: x.to(scale.dtype) * scale, fullgraph=True, dynamic=False)
+
+    def run(*operands: Tensor) -> Tensor:
+        return attend(*(widen(x, scale) for x, scale in zip(operands, scales, strict=True)))
+
+    return run
+
+
 def _lower(given: Tensors) -> Tensor:
     length = given["key"].shape[2]
     return torch.ones(length, length, dtype=torch.bool, device=given["key"].device).tril()
@@ -61,6 +72,7 @@ SDPA: dict[str, Callable[[Tensors], Attention]] = {
     "bias": lambda given: _sdpa(attn_mask=given["table"][None]),
     "window": _sdpa_window,
     "decode": lambda _: _sdpa(),
+    "float8": lambda given: _dequantised(given, _sdpa()),
 }
 
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -114,4 +126,5 @@ FLEX: dict[str, Callable[[Tensors], Attention]] = {
     "bias": _flex_bias,
     "window": _flex_window,
     "decode": _flex,
+    "float8": lambda given: _dequantised(given, _flex(given)),
 }

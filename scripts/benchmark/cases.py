@@ -35,6 +35,8 @@ class Variant:
     lengths: tuple[int, ...] = (512, 2048, 4096)
     extra: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rows: int | None = None
+    #: Query, key and value are float8, which is measured on GPUs alone and has no gradient.
+    float8: bool = False
 
 
 VARIANTS: tuple[Variant, ...] = (
@@ -46,6 +48,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("window", programs.window, kv_heads=2),
     Variant("sinks", programs.sinks, kv_heads=2, extra={"sink": ()}),
     Variant("decode", programs.decode, heads=32, kv_heads=8, width=128, lengths=(4096, 32768), rows=1),
+    Variant("float8", programs.float8, extra={"query_scale": (), "key_scale": (), "value_scale": ()}, float8=True),
 )
 
 
@@ -95,7 +98,7 @@ def cases(names: tuple[str, ...], lengths: tuple[int, ...], dtypes: tuple[str, .
     return [
         Case(variant.name, length, dtype)
         for variant in VARIANTS
-        if not names or variant.name in names
+        if not variant.float8 and (not names or variant.name in names)
         for length, dtype in product(lengths or variant.lengths, DTYPES)
         if not dtypes or dtype in dtypes
     ]

@@ -89,6 +89,10 @@ class GpuCase(Case):
         made |= {name: made[name].transpose(1, 2) for name in ("query", "key", "value")}
         if "slopes" in made:
             made["slopes"] = 2.0 ** -(torch.arange(1.0, HEADS + 1, device="cuda") / 4).to(torch.bfloat16)
+        if variant.float8:
+            # of normal numbers a scale of 1/64 keeps the largest below e4m3's 448
+            return {name: (x * 64).to(torch.float8_e4m3fn) if x.dim() == 4 else torch.full_like(x, 1 / 64)
+                    for name, x in made.items()}  # fmt: skip
         return {name: x.requires_grad_(self.training and name != "slopes") for name, x in made.items()}
 
 
@@ -114,17 +118,17 @@ def gpu_cases(
         for width in widths or (WIDTH,)
         for length in lengths or (DECODED if variant.rows else (LENGTH,))
         for training, step in ((False, "forward"), (True, "training"))
-        if (not steps or step in steps) and not (training and variant.rows)
+        if (not steps or step in steps) and not (training and (variant.rows or variant.float8))
     ]
 
 
-def measure_gpu(case: GpuCase) -> GpuRow:
-    """The row of ``case``."""
+def measure_gpu(case: GpuCase, peers: Sequence[str] = tuple(PEERS)) -> GpuRow:
+    """The row of ``case``, of these peers."""
     given = case.inputs()
     truth = _truth(case, given)
     calls: dict[str, Call] = {}
     errors, absent = {}, {}
-    for name in PEERS:
+    for name in peers:
         try:
             torch.compiler.reset()
             step = _step(name, case, given)
@@ -141,9 +145,9 @@ def measure_gpu(case: GpuCase) -> GpuRow:
     return GpuRow(case, interleaved(calls), _kernel(case.variant, given), errors, absent)
 
 
-def to_compile(cases: Sequence[GpuCase]) -> dict[str, Prepare]:
+def to_compile(cases: Sequence[GpuCase], peers: Sequence[str] = tuple(PEERS)) -> dict[str, Prepare]:
     """What :func:`benchmark.ahead.compile_ahead` is to compile of these rows, what takes longest first."""
-    tasks = ((case, peer) for case in cases for peer in PEERS if peer not in _NOT_COMPILED)
+    tasks = ((case, peer) for case in cases for peer in peers if peer not in _NOT_COMPILED)
     ordered = sorted(tasks, key=lambda task: not task[0].training)
     return {f"{case}: {peer}": partial(_prepared, peer, case) for case, peer in ordered}
 

@@ -39,7 +39,7 @@ def _cases() -> Iterator[Case]:
         full, causal = f"{scale} * s", f"where(n <= m, {scale} * s, -inf)"
         yield _case("float8 full", shape, full, TARGET if asked else 1.0, causal=False)
         yield _case("float8 causal", shape, causal, TARGET_CAUSAL if asked else 1.0)
-    scaled = f"where(n <= m, {SHAPE[3] ** -0.5} * (t0 * (t1 * s)), -inf)"
+    scaled = f"where(n <= m, {SHAPE[3] ** -0.5} * (t0 * t1 * s), -inf)"
     yield _case("float8 token scales", SHAPE, scaled, 1.0, "float32[b0,h,m]", "float32[b0,h,n]")
 
 

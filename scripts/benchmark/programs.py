@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["CAP", "alibi", "bias", "causal", "decode", "grouped", "plain", "sinks", "softcap", "window"]
+__all__ = ["CAP", "alibi", "bias", "causal", "decode", "float8", "grouped", "plain", "sinks", "softcap", "window"]
 
 #: Gemma 2's.
 CAP = 50.0
@@ -63,6 +63,23 @@ def sinks(query: Tensor, key: Tensor, value: Tensor, sink: Tensor) -> Tensor:
 def decode(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """One new token against a cache: grouped heads, and nothing to mask."""
     return _attend(_scores(query, key), value)
+
+
+def float8(
+    query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor, key_scale: Tensor, value_scale: Tensor
+) -> Tensor:
+    """Float8 operands with a scale for each head ``[H]``, dequantised around the products; weights are quantised too."""
+    wide = query_scale.dtype
+    scores = torch.matmul(
+        query.to(wide) * query_scale[:, None, None], (key.to(wide) * key_scale[:, None, None]).transpose(2, 3)
+    )
+    exact = torch.promote_types(wide, torch.float32)
+    weights = torch.softmax(scores.to(exact) * (1 / math.sqrt(query.shape[-1])), dim=-1)
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    # the float64 run of this program is the reference, and rounds nothing
+    narrow = weights if wide == torch.float64 else (weights * largest).clamp(max=largest).to(torch.float8_e4m3fn)
+    by = value_scale if wide == torch.float64 else value_scale / largest
+    return torch.matmul(narrow.to(wide), value.to(wide)) * by[:, None, None]
 
 
 def causal(query: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Gluon(Kernel):
 
     def cost(self, problem: Problem, target: Target) -> float:
         """Products at the measured rates, masked tiles skipped, at least the bytes; the rest as another kernel does."""
-        seconds = forward_seconds(problem, BACKWARD, target)
+        seconds = forward_seconds(problem)
         if not problem.training:
             return seconds
         own = not declined(problem.spec, *(x.shape for x in (problem.query, problem.key, problem.value)))

@@ -15,7 +15,7 @@ from attnfuse.kernels.gluon.build import Source, build
 from attnfuse.kernels.gluon.forward import ROWS
 from attnfuse.kernels.gluon.meta import Meta
 from attnfuse.kernels.gluon.programs import Programs, programs_of
-from attnfuse.kernels.gluon.reads import given, only_of, reads_of
+from attnfuse.kernels.gluon.reads import given, only_of, reads_along_keys, reads_of
 from attnfuse.kernels.gluon.tuned import measured, tuned
 from attnfuse.kernels.triton import Listing, Mask, function_text
 from attnfuse.reference import is_float8, out_dtype
@@ -87,7 +87,10 @@ def sourced(
     strides, dtypes = tuple(each for _, each, _ in captured), [dtype for _, _, dtype in captured]
     narrow = is_float8(dtype)
     reads = reads_of(spec, programs.cut, strides, dtypes, panels=not narrow)
-    facts_of = {"left": left, "right": right, "program": not simple, "panel": "panel" in reads, "narrow": narrow}
+    facts_of = {
+        "left": left, "right": right, "program": not simple, "panel": "panel" in reads, "narrow": narrow,
+        "columns": reads_along_keys(programs.cut, spec.captures),
+    }  # fmt: skip
     chosen = meta or measured(spec, dtype, q_shape, k_shape, v_shape)
     chosen = chosen or tuned(q_shape[3], v_shape[3], keys, **facts_of)
     known = {"left": left, "right": right, "ragged": keys % chosen.block_n > 0, "lse": with_lse, "listed": listed}

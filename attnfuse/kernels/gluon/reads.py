@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from attnfuse.score import Capture, Const, Expr, Symbol, apply, rewrite, walk
+from attnfuse.score import Capture, Const, Expr, Index, Symbol, apply, rewrite, walk
 from attnfuse.spec import AttentionSpec, Captured
 
-__all__ = ["given", "only_of", "reads_of"]
+__all__ = ["given", "only_of", "reads_along_keys", "reads_of"]
 
 _PANELS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -38,6 +38,13 @@ def only_of(program: Expr, reads: tuple[str, ...]) -> tuple[str, ...]:
     """``reads`` of the captures that ``program`` reads."""
     used = {part.slot for part in walk(program) if isinstance(part, Capture)}
     return tuple(read if slot in used else "" for slot, read in enumerate(reads))
+
+
+def reads_along_keys(program: Expr, captures: Sequence[Captured]) -> bool:
+    """Whether a program reads, beside scores, anything that differs from key to key."""
+    return any(
+        part == Index("n") or (isinstance(part, Capture) and "n" in captures[part.slot].axes) for part in walk(program)
+    )
 
 
 def _read(captured: Captured) -> str:

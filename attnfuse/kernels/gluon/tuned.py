@@ -42,15 +42,18 @@ _TWO_128 = Meta(128, 128, held=False, queries=2)
 _SHORT_CAUSAL_128 = Meta(128, 128, block_n=64, stages=4, held=False, queries=2, own=True, partial_sums=True)
 _SHORT, _LONG, _LONG_CAUSAL = 768, 4096, 8192
 
-#: Of float8, by what was predicted and not yet measured: products take half as long, so exponents must run beside them.
-#: With a program only scores that are multiplied in turn leave it enough registers.
-_FLOAT8 = Meta(64, 64, stages=4, queries=2, own=True, partial_sums=True)
-_FLOAT8_IN_TURN = replace(_FLOAT8, held=False, overlapped=False)
+#: Of float8 products take half as long, and three consumers in turn keep the exponents going best.
+_FLOAT8 = Meta(
+    64, 64, stages=3, consumers=3, registers=160, overlapped=False, held=False, queries=2, own=True, partial_sums=True
+)
+#: A program that reads along the keys needs the registers of two.
+_FLOAT8_TWO = replace(_FLOAT8, stages=4, consumers=2, registers=240)
 #: What else may be the fastest.
 _FLOAT8_OTHERS = (
-    replace(_FLOAT8, held=False), replace(_FLOAT8, turns=True), _FLOAT8_IN_TURN, replace(_FLOAT8_IN_TURN, turns=True),
-    replace(_FLOAT8_IN_TURN, block_n=256, stages=2),
+    _FLOAT8, replace(_FLOAT8, turns=True), _FLOAT8_TWO, replace(_FLOAT8_TWO, overlapped=True, held=True),
+    replace(_FLOAT8_TWO, block_n=256, stages=2),
 )  # fmt: skip
+_FACTS = ("left", "right", "program", "panel", "columns")
 #: The widest tile of float8: a tile's output is summed apart, in registers of its own.
 WIDEST_FLOAT8 = 128
 
@@ -64,17 +67,18 @@ def tuned(
     right: bool,
     program: bool = False,
     panel: bool = False,
+    columns: bool = False,
     narrow: bool = False,
 ) -> Meta:
     """The choices for heads of these widths, up to 256, behind a band that is open or closed on either side.
 
-    ``program`` says that scores pass through one, which needs registers; ``panel`` that it reads one; ``narrow`` that
-    operands are float8.
+    ``program`` says that scores pass through one, which needs registers; ``panel`` that it reads one; ``columns`` that
+    it varies along the keys; ``narrow`` that operands are float8.
     """
     blocks = block_of(width), block_of(value_width)
     longest_first = right and not left
     if narrow:
-        chosen = _FLOAT8_IN_TURN if program else _FLOAT8
+        chosen = _FLOAT8_TWO if columns else replace(_FLOAT8, turns=not (program or left or right))
         return _sized(chosen, blocks, right=right, longest_first=longest_first)
     meta = _with_program(blocks, panel) if program else _plain(blocks, keys, right=right, triangle=longest_first)
     if blocks == (256, 256):
@@ -87,11 +91,8 @@ def tuned(
 def choices(width: int, value_width: int, *, narrow: bool = False) -> tuple[Meta, ...]:
     """Everything that :func:`tuned` may answer for heads of these widths, and of float8 what it might."""
     lengths = (0, _SHORT, _LONG, _LONG_CAUSAL)
-    facts = product((False, True), repeat=4)
-    found = [
-        tuned(width, value_width, keys, left=left, right=right, program=program, panel=panel, narrow=narrow)
-        for keys, (left, right, program, panel) in product(lengths, facts)
-    ]
+    facts = [dict(zip(_FACTS, each, strict=True)) for each in product((False, True), repeat=len(_FACTS))]
+    found = [tuned(width, value_width, keys, narrow=narrow, **each) for keys, each in product(lengths, facts)]
     blocks, others = (block_of(width), block_of(value_width)), product(_FLOAT8_OTHERS if narrow else (), (False, True))
     found += [_sized(each, blocks, right=right, longest_first=right) for each, right in others]
     return tuple(dict.fromkeys(found))

@@ -111,15 +111,18 @@ def test_exponents_stay_ahead_of_the_wait(tmp_path: Path) -> None:
         assert (exponents_between_waits(cubin) >= 64) is ahead
 
 
-def exponents_between_waits(cubin: Path) -> int:
-    """The most MUFU.EX2 between a wait that leaves one product in flight and the next wait."""
+def disassembled(cubin: Path) -> list[str]:
+    """The machine code, a line an instruction."""
     from triton import knobs
 
-    lines = subprocess.run(
-        [str(knobs.nvidia.nvdisasm.path), "-c", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    command = [str(knobs.nvidia.nvdisasm.path), "-c", str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def exponents_between_waits(cubin: Path) -> int:
+    """The most MUFU.EX2 between a wait that leaves one product in flight and the next wait."""
     most, count, counting = 0, 0, False
-    for line in lines:
+    for line in disassembled(cubin):
         if "WARPGROUP.DEPBAR" in line:
             most = max(most, count if counting else 0)
             counting, count = "0x1" in line, 0
