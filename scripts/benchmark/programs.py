@@ -68,7 +68,7 @@ def decode(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def float8(
     query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor, key_scale: Tensor, value_scale: Tensor
 ) -> Tensor:
-    """Float8 operands with a scale for each head ``[H]``, dequantised around the products; weights are quantised too."""
+    """Float8 operands with a scale for each head ``[H]``, dequantised around the products; weights are quantised."""
     wide = query_scale.dtype
     scores = torch.matmul(
         query.to(wide) * query_scale[:, None, None], (key.to(wide) * key_scale[:, None, None]).transpose(2, 3)

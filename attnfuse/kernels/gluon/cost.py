@@ -1,4 +1,4 @@
-"""What the kernel ``gluon`` costs: seconds on one H200; of a backward that is not its own, what the other kernel says."""
+"""What the kernel ``gluon`` costs: seconds on one H200; another kernel says what its own backward does not compute."""
 
 from __future__ import annotations
 
