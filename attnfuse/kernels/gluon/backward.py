@@ -6,9 +6,10 @@ https://arxiv.org/abs/2407.08608); only dQ needs them in shared memory. Products
 last: dP beside the exponents, dV beside the gradients of scores, dK beside dQ's way to memory, which one more
 warp adds to it. Blocks do so in no order, so its last bits differ from run to run; dK and dV are each one block's.
 
-Where the mask is no band, the row tiles that it keeps come from lists, which say of each whether the mask cuts it; in
-others it is not read. A bias that is added to the scores has their gradient for its own: the tile that dQ is made of
-goes to memory too.
+Which row tiles there are is the warp's to know that loads them: it tells the others of each, and whether the mask cuts
+it. Where the mask is no band, that is from lists, and what the mask reads of rows is handed on beside the tile; in tiles
+that it does not cut it is not read. A bias that is added to the scores has their gradient for its own: the tile that dQ
+is made of goes to memory too.
 
 Barriers are named for what they protect: ``*_full`` says that a tile has landed, ``*_empty`` that its room is free.
 """
@@ -75,6 +76,13 @@ class Beside(NamedTuple):
     room: Any
 
 
+class Coming(NamedTuple):
+    """Shared memory for what is told of a tile of queries: an entry (:func:`entry_of`), and what masks read of rows."""
+
+    entries: Any
+    rows: Any
+
+
 class Sums(NamedTuple):
     """Of rows: what normalises their weights (``top``, and ``norm`` where it is not one), and ``delta``."""
 
@@ -92,7 +100,7 @@ class Tensors(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Row tiles: ``start..stop`` reach some key, ``whole_start..whole_stop`` entirely, every key.
+    """Row tiles: ``start..stop`` reach some key, ``whole_start..whole_stop`` entirely, every key of a full tile.
 
     Of a list they are places in it, and ``entries`` where its tiles are.
     """
@@ -181,31 +189,19 @@ def span_of(key_tile, batch, head, lists, sizes, meta: gl.constexpr):
 
 
 @gluon.jit
-def span_of_member(pair, member, key_tile, lists, sizes, meta: gl.constexpr):
-    """The :class:`Span` of a key tile and one of the query heads that share its key head."""
-    batch, head, _ = head_of(pair, member, sizes)
-    return span_of(key_tile, batch, head, lists, sizes, meta)
-
-
-@gluon.jit
-def entry_of(span, back, sizes, meta: gl.constexpr):
-    """What is known of the ``back``-th tile of a span; lists are read one step ahead."""
-    entry = span.start + back
+def entry_of(span, back, first, sizes, meta: gl.constexpr):
+    """The ``back``-th row tile of a span, and whether the mask may cut it, as ``2 * tile + cut``."""
     if meta.listed:
         entry = gl.load(span.entries + back)
         if meta.uncertain:
             entry = gl.where(sizes.strange != 0, back * 2 + 1, entry)
-    return entry
-
-
-@gluon.jit
-def tile_of(entry, meta: gl.constexpr):
-    """Which row tile an entry is."""
-    if meta.listed:
-        tile = entry >> 1
     else:
-        tile = entry
-    return tile
+        tile = span.start + back
+        cut = (tile < span.whole_start) | (tile >= span.whole_stop)
+        entry = tile * 2 + cut.to(gl.int32)
+    if meta.ragged:
+        entry = entry | (first + meta.block_n > sizes.keys).to(gl.int32)
+    return entry
 
 
 @gluon.jit
@@ -214,7 +210,8 @@ def steps_of(pair, key_tile, lists, sizes, meta: gl.constexpr):
     if meta.listed:
         steps = 0
         for member in range(sizes.group):
-            steps += span_of_member(pair, member, key_tile, lists, sizes, meta).stop
+            batch, head, _ = head_of(pair, member, sizes)
+            steps += span_of(key_tile, batch, head, lists, sizes, meta).stop
     else:
         span = row_tiles(key_tile * meta.block_n, sizes, meta)
         steps = sizes.group * (span.stop - span.start)
@@ -240,43 +237,71 @@ def head_of(pair, member, sizes):
 
 
 @gluon.jit
-def produce(k, v, q, grad, sums, panel, lists, sizes, meta: gl.constexpr):
+def produce(
+    k, v, q, grad, sums, panel, coming, lists, sizes, tensors, programs: gl.constexpr, meta: gl.constexpr
+):  # fmt: skip
     """One warp: keys and values once, then queries and gradients as soon as their rooms are free."""
     pair, key_tile = item(sizes, meta)
     first = key_tile * meta.block_n
     kv_heads = sizes.heads // sizes.group
     VECTOR: gl.constexpr = sums.top.desc.block_type.nbytes
     step = 0
-    expect(k, 0, 0, 0)
+    mbarrier.wait(k.empty.index(0), 1)
+    expect(k, 0, 0)
     copy(k, k.full, 0, pair // kv_heads, pair % kv_heads, first, 0)
     for member in range(sizes.group):
         batch, head, flat = head_of(pair, member, sizes)
         span = span_of(key_tile, batch, head, lists, sizes, meta)
-        entry = entry_of(span, 0, sizes, meta)
+        entry = entry_of(span, 0, first, sizes, meta)
         for back in range(span.stop - span.start):
             place, parity = ring(step, meta.stages)
-            row = tile_of(entry, meta) * meta.block_m
-            entry = entry_of(span, back + 1, sizes, meta)
-            expect(q, place, parity, grad.desc.block_type.nbytes + (3 if meta.uncertain else 2) * VECTOR)
+            row = (entry >> 1) * meta.block_m
+            mbarrier.wait(q.empty.index(place), parity ^ 1)
+            tell(coming, place, member, entry, batch, head, sizes, tensors, programs, meta)
+            entry = entry_of(span, back + 1, first, sizes, meta)
+            expect(q, place, grad.desc.block_type.nbytes + (3 if meta.uncertain else 2) * VECTOR)
             copy(q, q.full, place, batch, head, row, 0)
             copy_vector(sums.top, q.full, place, flat * sizes.padded_rows + row)
             if step == 0:
-                expect(v, 0, 0, 0)
+                expect(v, 0, 0)
                 copy(v, v.full, 0, pair // kv_heads, pair % kv_heads, first, 0)
             copy(grad, q.full, place, batch, head, row, 0)
             copy_vector(sums.delta, q.full, place, flat * sizes.padded_rows + row)
             if meta.uncertain:
                 copy_vector(sums.norm, q.full, place, flat * sizes.padded_rows + row)
             if meta.panel:
-                expect(panel, 0, step & 1, 0)
+                mbarrier.wait(panel.empty.index(0), (step & 1) ^ 1)
+                expect(panel, 0, 0)
                 copy(panel, panel.full, 0, batch if meta.panel_batch else 0, head if meta.panel_head else 0, row, first)
             step += 1
 
 
 @gluon.jit
-def expect(tiles, place, parity, MORE: gl.constexpr):
-    """Waits until the room of a tile is free, and says how much will land in it, and beside it."""
-    mbarrier.wait(tiles.empty.index(place), parity ^ 1)
+def tell(coming, place, member, entry, batch, head, sizes, tensors, programs: gl.constexpr, meta: gl.constexpr):
+    """Says what the next tile of queries is, before its room is announced as full."""
+    none = gl.full([1], 0, gl.int64, gl.BlockedLayout([1], [32], [1], [0]))
+    coming.entries.index(place).store(none + ((member.to(gl.int64) << 32) | entry.to(gl.int64)))
+    if meta.listed:
+        if (entry & 1) == 1:
+            m = (entry >> 1) * meta.block_m + gl.arange(0, meta.block_m, gl.BlockedLayout([1], [32], [1], [0]))
+            m = gl.minimum(m, sizes.rows - 1)
+            for slot in gl.static_range(len(programs.reads)):
+                if programs.reads[slot] == "row":
+                    found = programs.loaders[slot](m, m, (batch.to(gl.int64),), head.to(gl.int64), m, m, *tensors)
+                    coming.rows[slot].index(place).store(found.to(coming.rows[slot].dtype))
+
+
+@gluon.jit
+def told(coming, place):
+    """Which of the query heads that share a key head, which row tile, and whether the mask cuts it."""
+    found = gl.max(coming.entries.index(place).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+    member, entry = (found >> 32).to(gl.int32), found.to(gl.int32)
+    return member, entry >> 1, (entry & 1) == 1
+
+
+@gluon.jit
+def expect(tiles, place, MORE: gl.constexpr):
+    """Says how much will land in the free room of a tile, and beside it."""
     mbarrier.expect(tiles.full.index(place), tiles.desc.block_type.nbytes + MORE)
 
 
@@ -296,36 +321,30 @@ def copy_vector(vectors, full, place, first):
 
 
 @gluon.jit
-def add(dq, q, ds, lists, sizes, meta: gl.constexpr):
+def add(dq, q, ds, coming, lists, sizes, meta: gl.constexpr):
     """One warp: adds each tile of dQ to memory, and says that what it was made of has been read.
 
     So it does with the gradient of a panel.
     """
     pair, key_tile = item(sizes, meta)
-    step = 0
-    for member in range(sizes.group):
+    for step in range(steps_of(pair, key_tile, lists, sizes, meta)):
+        mbarrier.wait(dq.full.index(0), step & 1)
+        member, tile, _ = told(coming, step % meta.stages)
         batch, head, flat = head_of(pair, member, sizes)
-        span = span_of(key_tile, batch, head, lists, sizes, meta)
-        entry = entry_of(span, 0, sizes, meta)
-        for back in range(span.stop - span.start):
-            tile = tile_of(entry, meta)
-            entry = entry_of(span, back + 1, sizes, meta)
-            mbarrier.wait(dq.full.index(0), step & 1)
-            if step > 0:
-                # this step's product of dK is in flight, all of the last's are done
-                mbarrier.arrive(q.empty.index((step - 1) % meta.stages), count=1)
-            if meta.panel_gradient:
-                where = [batch if meta.panel_batch else 0, head if meta.panel_head else 0, tile * meta.block_m,
-                         key_tile * meta.block_n]  # fmt: skip
-                if meta.panel_added:
-                    async_add_shared_to_global(ds.desc, where, ds.room.index(0))
-                else:
-                    tma.async_copy_shared_to_global(ds.desc, where, ds.room.index(0))
-            place = (flat * gl.cdiv(sizes.rows, meta.block_m) + tile) * dq.desc.block_type.shape[0]
-            async_add_shared_to_global(dq.desc, [place, 0], dq.room.index(0))
-            tma.store_wait(0)
-            mbarrier.arrive(dq.empty.index(0), count=1)
-            step += 1
+        if step > 0:
+            # this step's product of dK is in flight, all of the last's are done
+            mbarrier.arrive(q.empty.index((step - 1) % meta.stages), count=1)
+        if meta.panel_gradient:
+            where = [batch if meta.panel_batch else 0, head if meta.panel_head else 0, tile * meta.block_m,
+                     key_tile * meta.block_n]  # fmt: skip
+            if meta.panel_added:
+                async_add_shared_to_global(ds.desc, where, ds.room.index(0))
+            else:
+                tma.async_copy_shared_to_global(ds.desc, where, ds.room.index(0))
+        place = (flat * gl.cdiv(sizes.rows, meta.block_m) + tile) * dq.desc.block_type.shape[0]
+        async_add_shared_to_global(dq.desc, [place, 0], dq.room.index(0))
+        tma.store_wait(0)
+        mbarrier.arrive(dq.empty.index(0), count=1)
 
 
 @gluon.jit
@@ -403,32 +422,28 @@ def read(m, n, batch, head, tensors, programs: gl.constexpr):
 
 
 @gluon.jit
-def read_ahead(tile, n, batch, head, tensors, sizes, programs: gl.constexpr, meta: gl.constexpr):
-    """What a cut tile reads, before it is known to be cut; of rows once by each thread, :func:`spread` makes copies."""
-    m = tile * meta.block_m + gl.arange(0, meta.block_m, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    m = gl.minimum(m, sizes.rows - 1)
+def read_of_keys(n, batch, tensors, programs: gl.constexpr):
+    """Of each capture that masks read of keys, whatever the row and head, its values at this block's."""
     found = ()
     for slot in gl.static_range(len(programs.reads)):
-        if programs.reads[slot] == "row" or programs.reads[slot] == "one":
-            found = found + (programs.loaders[slot](m, m, (batch,), head, m, m, *tensors),)
-        elif programs.reads[slot] == "key":
-            found = found + (programs.loaders[slot](n, n, (batch,), head, n, n, *tensors),)
+        if programs.reads[slot] == "key":
+            found = found + (programs.loaders[slot](n, n, (batch,), batch, n, n, *tensors),)
         else:
-            found = found + (m,)
+            found = found + (n,)
     return found
 
 
 @gluon.jit
-def spread(ahead, m, n, batch, head, tensors, programs: gl.constexpr, s_layout: gl.constexpr):
-    """What was read ahead, to each thread those of its scores; and what varies along rows and keys."""
+def masking(of_keys, coming, place, m, n, batch, head, tensors, programs: gl.constexpr, s_layout: gl.constexpr):
+    """What a cut tile reads: of keys what is known already, of rows what came with the tile."""
     found = ()
     for slot in gl.static_range(len(programs.reads)):
         if programs.reads[slot] == "row":
-            found = found + (gl.expand_dims(gl.convert_layout(ahead[slot], gl.SliceLayout(0, s_layout)), 0),)
-        elif programs.reads[slot] == "score":
+            found = found + (gl.expand_dims(coming.rows[slot].index(place).load(gl.SliceLayout(0, s_layout)), 0),)
+        elif programs.reads[slot] == "score" or programs.reads[slot] == "one":
             found = found + (programs.loaders[slot](m, m, (batch,), head, m, n, *tensors),)
         else:
-            found = found + (ahead[slot],)
+            found = found + (of_keys[slot],)
     return found
 
 
@@ -496,7 +511,7 @@ def halves(p, dv_layout: gl.constexpr):
 
 @gluon.jit
 def consume(
-    k, v, q, grad, sums, panel, ds, dq, dk_desc, dv_desc, lists, sizes, tensors,
+    k, v, q, grad, sums, panel, ds, dq, dk_desc, dv_desc, coming, lists, sizes, tensors,
     programs: gl.constexpr, meta: gl.constexpr,
 ):  # fmt: skip
     """Both warpgroups: half of the keys each, and half of the columns of dQ."""
@@ -520,8 +535,6 @@ def consume(
 
     pair, key_tile = item(sizes, meta)
     first = key_tile * BN
-    span = span_of_member(pair, 0, key_tile, lists, sizes, meta)
-    entry = entry_of(span, 0, sizes, meta)
     col = first + gl.arange(0, BN, gl.SliceLayout(1, s_layout))
     n = gl.expand_dims(gl.minimum(col, sizes.keys - 1), 1)
     dk = gl.full([BN, meta.head_block], 0.0, gl.float32, dk_layout)
@@ -529,42 +542,31 @@ def consume(
     steps = steps_of(pair, key_tile, lists, sizes, meta)
     mbarrier.wait(k.full.index(0), 0)
     mbarrier.wait(v.full.index(0), 0)
-    back = 0
-    member = 0
+    batch, _, _ = head_of(pair, 0, sizes)
+    batch = batch.to(gl.int64)
+    of_keys = read_of_keys(n, batch, tensors, programs)
     for step in range(steps):
         place = step % meta.stages
-        batch, head, _ = head_of(pair, member, sizes)
-        batch = batch.to(gl.int64)
-        head = head.to(gl.int64)
-        tile = tile_of(entry, meta)
-        row = tile * BM + gl.arange(0, BM, row_layout)
-        m = gl.expand_dims(gl.minimum(row, sizes.rows - 1), 0)
-        following = entry_of(span, back + 1, sizes, meta)
-
         s = scores(k, q, step, meta, s_layout)
         grads = grad.room.index(place).reshape([BM, meta.value_block])
         zero = gl.full([BN, BM], 0.0, gl.float32, s_layout)
         dp = warpgroup_mma(values, grads.permute([1, 0]), zero, use_acc=False, is_async=True)
+        member, tile, partial = told(coming, place)
+        _, head, _ = head_of(pair, member, sizes)
+        head = head.to(gl.int64)
+        row = tile * BM + gl.arange(0, BM, row_layout)
+        m = gl.expand_dims(gl.minimum(row, sizes.rows - 1), 0)
         # of captures that only the mask reads, a whole tile needs nothing
         found = read(m, n, batch, head, tensors, programs)
         top = row
         if meta.early:
             top = tops(sums, row, step, sizes, meta, row_layout)
-        ahead = found
-        if meta.listed:
-            ahead = read_ahead(tile, n, batch, head, tensors, sizes, programs, meta)
         s = warpgroup_mma_wait(1, deps=[s])
         panel_values = panel_of(s, panel, step, meta)
-        if meta.left or meta.right or meta.ragged or meta.listed:
-            partial = first + BN > sizes.keys
-            if meta.listed:
-                partial = partial | ((entry & 1) == 1)
-            elif meta.left or meta.right:
-                partial = partial | (tile < span.whole_start) | (tile >= span.whole_stop)
         if meta.listed:
             if partial:
-                masking = spread(ahead, m, n, batch, head, tensors, programs, s_layout)
-                u = run_program(programs.score, s, s, m, n, batch, head, masking, panel_values, tensors, True, programs)
+                asked = masking(of_keys, coming, place, m, n, batch, head, tensors, programs, s_layout)
+                u = run_program(programs.score, s, s, m, n, batch, head, asked, panel_values, tensors, True, programs)
                 u = cut(u, float("-inf"), col, row, sizes, meta)
             else:
                 u = run_program(programs.bare, s, s, m, n, batch, head, found, panel_values, tensors, False, programs)
@@ -596,8 +598,8 @@ def consume(
             if partial & (sizes.strange != 0):
                 dx = cut(dx, 0.0, col, row, sizes, meta)
                 if meta.listed:
-                    masking = spread(ahead, m, n, batch, head, tensors, programs, s_layout)
-                    dx = run_program(programs.kept, s, dx, m, n, batch, head, masking, s, tensors, True, programs)
+                    asked = masking(of_keys, coming, place, m, n, batch, head, tensors, programs, s_layout)
+                    dx = run_program(programs.kept, s, dx, m, n, batch, head, asked, s, tensors, True, programs)
         # of other rows a masked score's weight is zero
         dx = run_program(programs.pulled, s, dx, m, n, batch, head, found, panel_values, tensors, False, programs)
         dx = dx.to(dtype)
@@ -615,15 +617,6 @@ def consume(
         dq_tile, p_first = warpgroup_mma_wait(2, deps=[dq_tile, p_first])
         leave(dq, dq_tile, step, meta)
         dv, dk, p_second, dx_half = warpgroup_mma_wait(0, deps=[dv, dk, p_second, dx_half])
-        entry = following
-        back += 1
-        if back == span.stop - span.start:
-            back = 0
-            member += 1
-            if meta.listed:
-                # after the last head there is none to look at
-                span = span_of_member(pair, gl.minimum(member, sizes.group - 1), key_tile, lists, sizes, meta)
-            entry = entry_of(span, 0, sizes, meta)
     store(dv_desc, v.room.index(0), dv, pair, first, sizes)
     store(dk_desc, k.room.index(0), dk * sizes.factor, pair, first, sizes)
     tma.store_wait(0)
@@ -652,6 +645,21 @@ def tiles_for(desc, COUNT: gl.constexpr):
 def beside_for(desc, COUNT: gl.constexpr):
     """Room for so many tiles or vectors."""
     return Beside(desc, gl.allocate_shared_memory(desc.dtype, [COUNT] + desc.block_type.shape, desc.layout))
+
+
+@gluon.jit
+def rows_for(captures, COUNT: gl.constexpr, programs: gl.constexpr, meta: gl.constexpr):
+    """Room for what masks read of so many tiles' rows; of other captures a placeholder."""
+    found = ()
+    for slot in gl.static_range(len(programs.reads)):
+        if meta.listed and programs.reads[slot] == "row":
+            dtype: gl.constexpr = captures[slot].dtype.element_ty
+            kept: gl.constexpr = gl.float32 if dtype.is_floating() else gl.int64 if dtype == gl.int64 else gl.int32
+            flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+            found = found + (gl.allocate_shared_memory(kept, [COUNT, meta.block_m], flat),)
+        else:
+            found = found + (slot,)
+    return found
 
 
 @gluon.jit(
@@ -697,6 +705,9 @@ def attention_backward(
     else:
         ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([meta.block_n, meta.block_m], q_desc.dtype)
         ds = Beside(dq_desc, gl.allocate_shared_memory(q_desc.dtype, [1, meta.block_n, meta.block_m], ds_layout))
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    entries = gl.allocate_shared_memory(gl.int64, [meta.stages, 1], flat)
+    coming = Coming(entries, rows_for(captures, meta.stages, programs, meta))
     sums = Sums(top, norm, delta)
     sizes = Sizes(
         heads, group, rows, padded_rows, keys, left, right, key_tiles, pairs, together, list_batch, list_head,
@@ -705,9 +716,12 @@ def attention_backward(
     tensors = Tensors(captures, strides, symbols)
     gl.warp_specialize(
         [
-            (consume, (k, v, q, grad, sums, panel, ds, dq, dk_desc, dv_desc, lists, sizes, tensors, programs, meta)),
-            (produce, (k, v, q, grad, sums, panel, lists, sizes, meta)),
-            (add, (dq, q, ds, lists, sizes, meta)),
+            (
+                consume,
+                (k, v, q, grad, sums, panel, ds, dq, dk_desc, dv_desc, coming, lists, sizes, tensors, programs, meta),
+            ),
+            (produce, (k, v, q, grad, sums, panel, coming, lists, sizes, tensors, programs, meta)),
+            (add, (dq, q, ds, coming, lists, sizes, meta)),
         ],
         [1, 1],
         [24, 24],

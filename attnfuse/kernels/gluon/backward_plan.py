@@ -25,7 +25,7 @@ from attnfuse.kernels.triton.memory import capture_strides, memory_of
 from attnfuse.kernels.triton.plan import BackwardPlan as Programs
 from attnfuse.kernels.triton.text import function_text
 from attnfuse.score import Capture, Expr, S
-from attnfuse.spec import AttentionSpec
+from attnfuse.spec import AttentionSpec, Captured
 
 __all__ = ["BackwardPlan", "backward_planned", "backward_sourced", "layout_of", "padded"]
 
@@ -115,9 +115,18 @@ def backward_sourced(gradients: Gradients, meta: BackwardMeta | None = None) -> 
 def _reads(
     spec: AttentionSpec, programs: BodyPrograms, strides: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
 ) -> tuple[str, ...]:
+    """As the forward's, but for ``"one"``, what varies along neither rows nor keys; ``"key"`` is the same of all heads."""
     found = reads_of(spec, programs.score, strides, dtypes)
-    pairs = zip(found, spec.captures, strict=True)
-    return tuple("one" if read == "row" and "m" not in captured.axes else read for read, captured in pairs)
+    return tuple(_within(read, captured) for read, captured in zip(found, spec.captures, strict=True))
+
+
+def _within(read: str, captured: Captured) -> str:
+    match read:
+        case "row" if "m" not in captured.axes:
+            return "one"
+        case "key" if "h" in captured.axes:
+            return "score"
+    return read
 
 
 def _with_facts(

@@ -40,8 +40,8 @@ SPECS = {
     "causal documents": _spec("where((n <= m) & (t0 == t1), 0.1 * s, -inf)", "int32[b0,m]", "int32[b0,n]"),
 }
 #: Bytes that a thread spills; in the loop none of a full attention's.
-SPILLED = {"full": 0, "causal": 32, "window": 48, "softcap": 160, "slopes": 48, "bias": 80, "float32 bias": 80,
-           "documents": 128, "bias of documents": 320, "bias in a window": 480, "causal documents": 320}  # fmt: skip
+SPILLED = {"full": 0, "causal": 0, "window": 0, "softcap": 160, "slopes": 32, "bias": 64, "float32 bias": 64,
+           "documents": 32, "bias of documents": 240, "bias in a window": 360, "causal documents": 180}  # fmt: skip
 ROWS = 1024
 
 
@@ -88,8 +88,9 @@ def test_products_and_copies(width: int) -> None:
     # Q, K, V and the output's gradient in rows of 128 bytes; dK and dV leave alike
     assert ptx.count("cp.async.bulk.tensor.4d.shared") == 4 * (width // 64)
     assert ptx.count("cp.async.bulk.tensor.4d.global") >= 2
-    # dQ is added to memory as one piece, stored four numbers at a time, without conflicts of banks
-    assert ptx.count("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add") == 1
+    # dQ is added to memory as one piece, stored four numbers at a time, without conflicts of banks; the compiler may
+    # take the first tile, which frees no room, out of the loop
+    assert ptx.count("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add") in (1, 2)
     assert len(re.findall(r"st\.shared\.v4", ptx)) == meta.block_m * width // 256 // 4
 
 
