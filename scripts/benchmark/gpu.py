@@ -1,8 +1,9 @@
 """Measures the same variants on a GPU, at the size of a model in use: every peer of one variant side by side.
 
 Bfloat16, 32 heads, 8192 tokens of all batches together; forward alone, and forward with backward. Times are medians of
-device events, peers in turn within a round, so that a device that slows down slows all. What is faster than Python
-calls it, decoding, is replayed from a CUDA graph, ours and the peers' alike.
+device events, peers in turn within a round, so that a device that slows down slows all. Where any peer's call takes
+less than :data:`BRIEF`, which is no longer than Python and torch.compile may take to issue one, all calls of the row
+are replayed from CUDA graphs, ours and the peers' alike: what is compared is the device's work.
 
 Errors are against float64 of one key head of the first batch, ``norm(found - true) / norm(true)``: of the output, in
 training of the worst of the gradients of query, key and value.
@@ -14,7 +15,8 @@ import gc
 import math
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -33,6 +35,8 @@ HEADS, WIDTH, LENGTH, TOKENS = 32, 128, 4096, 8192
 #: Decoding's numbers of keys, one query row each, and its batch.
 DECODED, DECODED_BATCH = (4096, 32768), 16
 ROUNDS, SECONDS = 11, 0.02
+#: Seconds of a call that is replayed from a CUDA graph.
+BRIEF = 2.5e-3
 
 _NOT_COMPILED, _PROGRAMS = ("eager", "SDPA by hand"), ("eager", "inductor", OURS)
 
@@ -129,7 +133,7 @@ def measure_gpu(case: GpuCase, peers: Sequence[str] = tuple(PEERS)) -> GpuRow:
     calls: dict[str, Call] = {}
     errors, absent = {}, {}
     for name in peers:
-        try:
+        with _noted(absent, name):
             torch.compiler.reset()
             step = _step(name, case, given)
             if step is None:
@@ -137,11 +141,9 @@ def measure_gpu(case: GpuCase, peers: Sequence[str] = tuple(PEERS)) -> GpuRow:
                 continue
             errors[name] = _error(case, step(), truth)
             step()
-            calls[name] = _graphed(step) if case.variant.rows else step
-        except Exception as error:  # noqa: BLE001 - a peer's failure is a result, and is printed as one
-            absent[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            gc.collect()
-            torch.cuda.empty_cache()
+            calls[name] = step
+    if calls and min(seconds(call, 3) for call in calls.values()) < BRIEF:
+        calls = _all_graphed(calls, absent)
     return GpuRow(case, interleaved(calls), _kernel(case.variant, given), errors, absent)
 
 
@@ -179,6 +181,25 @@ def _gradient(case: GpuCase) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(1)
     shape = (case.batch, case.variant.rows or case.length, HEADS * case.width)
     return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+@contextmanager
+def _noted(absent: dict[str, str], name: str) -> Iterator[None]:
+    """A peer's failure is a result, and is printed as one."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - see above
+        absent[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _all_graphed(calls: dict[str, Call], absent: dict[str, str]) -> dict[str, Call]:
+    found: dict[str, Call] = {}
+    for name, call in calls.items():
+        with _noted(absent, name):
+            found[name] = _graphed(call)
+    return found
 
 
 def _graphed(step: Call) -> Call:
