@@ -131,7 +131,8 @@ def measure_gpu(case: GpuCase, peers: Sequence[str] = tuple(PEERS)) -> GpuRow:
     given = case.inputs()
     truth = _truth(case, given)
     calls: dict[str, Call] = {}
-    errors, absent = {}, {}
+    errors: dict[str, float] = {}
+    absent: dict[str, str] = {}
     for name in peers:
         with _noted(absent, name):
             torch.compiler.reset()
