@@ -44,6 +44,14 @@ def _sdpa_alibi(given: Tensors) -> Attention:
     return learned if slopes.requires_grad else _sdpa(attn_mask=table())
 
 
+def _sdpa_bias(given: Tensors) -> Attention:
+    # viewed in each call: a view that was made before belongs to another stream, where a graph is captured
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _sdpa(attn_mask=given["table"][None])(query, key, value)
+
+    return run
+
+
 def _sdpa_window(given: Tensors) -> Attention:
     lower = _lower(given)
     return _sdpa(attn_mask=lower & ~lower.tril(-(len(lower) // 4)))
@@ -69,7 +77,7 @@ SDPA: dict[str, Callable[[Tensors], Attention]] = {
     "plain": lambda _: _sdpa(),
     "llama": lambda _: _sdpa(is_causal=True),
     "alibi": _sdpa_alibi,
-    "bias": lambda given: _sdpa(attn_mask=given["table"][None]),
+    "bias": _sdpa_bias,
     "window": _sdpa_window,
     "decode": lambda _: _sdpa(),
     "float8": lambda given: _dequantised(given, _sdpa()),

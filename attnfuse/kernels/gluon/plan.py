@@ -210,9 +210,10 @@ def _processors(device: int) -> int:
 
 
 def _layout(shape: Sequence[int], strides: Sequence[int]) -> Layout:
-    """Shape and strides of a descriptor; the stride of a dimension of size 1 is any that is aligned."""
+    """Shape and strides of a descriptor, of four dimensions at least; of size 1 any aligned stride will do."""
+    missing = max(4 - len(shape), 0)
     aligned = (16 if size == 1 else stride for size, stride in zip(shape[:-1], strides[:-1], strict=True))
-    return tuple(shape), (*aligned, 1)
+    return (*[1] * missing, *shape), (*[16] * missing, *aligned, 1)
 
 
 def _panel(spec: AttentionSpec, reads: tuple[str, ...]) -> dict[str, bool]:

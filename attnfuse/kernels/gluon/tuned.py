@@ -30,7 +30,7 @@ _WITH_PROGRAM: dict[tuple[int, int], Meta] = {
     (128, 256): Meta(128, 256, block_n=64),
     (256, 64): Meta(256, 64, block_n=64),
     (256, 128): Meta(256, 128, block_n=64),
-    (256, 256): Meta(256, 256, block_n=64, held=False, shared_out=True),
+    (256, 256): Meta(256, 256, block_n=64, held=False, shared_out=True, own=True, partial_sums=True),
 }
 #: A panel needs the room of the second query and of the output.
 _PANEL_128 = Meta(128, 128, held=False, shared_out=True, own=True)
@@ -119,7 +119,7 @@ def _plain(blocks: tuple[int, int], keys: int, *, right: bool, triangle: bool) -
         case (64, 64):
             short_causal = right and keys < _LONG_CAUSAL
             in_turn = replace(_THREE_64, overlapped=False, turns=False, partial_sums=True)
-            return in_turn if short_causal else _THREE_64
+            return in_turn if short_causal else replace(_THREE_64, turns=not right)
         case (128, 128) if right and keys < _SHORT:
             return _SHORT_CAUSAL_128
         case (128, 128) if right:

@@ -11,7 +11,7 @@ import torch
 
 from attnfuse.kernels import lookup
 from attnfuse.target import Target
-from tests.kernels.cases import SIZES, SPECS, Case, case
+from tests.kernels.cases import SIZES, SPECS, Case, Sizes, case, spec
 
 pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
 
@@ -65,6 +65,20 @@ def test_every_parameter_is_given(name: str, launched: list[tuple[Source, dict[s
     assert len(call["strides"]) == len(source.strides)
     assert source.meta.lse
     assert source.meta.ragged
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_descriptors_have_four_dimensions(
+    batch: tuple[int, ...], launched: list[tuple[Source, dict[str, Any]]]
+) -> None:
+    """The panel's too, where attention has no batch."""
+    of = spec("0.1 * s + t0", "bfloat16[h,m,n]", batch=len(batch))
+    run(case(of, Sizes(batch, 4, 2, 128, 256, 64, 64), torch.bfloat16))
+    ((source, call),) = launched
+    assert source.meta.panel
+    described = [call[name] for name in ("q_desc", "k_desc", "v_desc", "o_desc", "panel_desc")]
+    assert {len(each.shape) for each in described} == {len(each.strides) for each in described} == {4}
+    assert call["panel_desc"].shape == (1, 4, 128, 256)
 
 
 def test_a_plan_is_made_once(launched: list[tuple[Source, dict[str, Any]]]) -> None:
