@@ -58,6 +58,7 @@ SCHEDULES = {
     "weight-value behind": replace(TILE, pipelining="weight-value behind"),
     "split keys": replace(TILE, algorithm="split keys", splits=5),
     "wide tiles": Schedule(rows=16, keys=64),
+    "keys outside": replace(TILE, algorithm="keys outside"),
 }
 
 
