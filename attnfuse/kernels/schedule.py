@@ -13,8 +13,8 @@ __all__ = ["Algorithm", "Loading", "Order", "Pipelining", "Schedule"]
 
 #: ``rows outside`` is FlashAttention-2: a program keeps its query rows and walks the keys. ``keys outside`` is
 #: FlashAttention-1: the walk over keys is outermost, and out, maximum and sum of every row are read and written
-#: again for each tile of keys; a program has a span of a head's rows. ``split keys`` is FlashDecoding: rows outside, each span of keys in a program of its
-#: own, and a merge.
+#: again for each tile of keys; a program has a span of a head's rows. ``split keys`` is FlashDecoding: rows outside,
+#: each span of keys in a program of its own, and a merge.
 Algorithm = Literal["rows outside", "keys outside", "split keys"]
 #: In which order tiles of rows start: as they lie; those with the most keys first; or as many programs as fit, each
 #: taking one tile after another.
@@ -53,23 +53,24 @@ class Schedule:
     def steps(self) -> Iterator[str]:
         """The schedule as the steps of a lowering, outermost first, one sentence each."""
         yield "tile batch and heads: one of each a program"
-        match self.algorithm:
-            case "rows outside":
-                yield f"tile rows by {self.rows}, outside; loop over keys by {self.keys} with an online softmax"
-            case "keys outside":
-                yield f"split rows in {self.spans}: one span a program"
-                yield f"loop over keys by {self.keys}, outside; tile rows by {self.rows}, sums read and written each time"
-            case "split keys":
-                yield f"split keys in {self.splits}; tile rows by {self.rows}; loop over keys by {self.keys}; merge"
-        if self.algorithm == "keys outside":
-            yield f"distribute spans of rows: {self.order}"
-            yield f"load keys and values once, by {self.loading}; pipeline the loop over rows: loads {self.stages} deep"
-        else:
-            yield f"distribute tiles of rows: {self.order}"
-            yield f"pipeline the loop: {self.pipelining}; loads {self.stages} deep, by {self.loading}"
+        yield from self._keys_outside() if self.algorithm == "keys outside" else self._rows_outside()
         limit = "" if self.registers is None else f", at most {self.registers} registers a thread"
         knobs = "".join(f", {name}={value}" for name, value in self.knobs)
         yield f"lay out over {self.warps} warps{limit}{knobs}"
+
+    def _rows_outside(self) -> Iterator[str]:
+        if self.algorithm == "split keys":
+            yield f"split keys in {self.splits}; tile rows by {self.rows}; loop over keys by {self.keys}; merge"
+        else:
+            yield f"tile rows by {self.rows}, outside; loop over keys by {self.keys} with an online softmax"
+        yield f"distribute tiles of rows: {self.order}"
+        yield f"pipeline the loop: {self.pipelining}; loads {self.stages} deep, by {self.loading}"
+
+    def _keys_outside(self) -> Iterator[str]:
+        yield f"split rows in {self.spans}, a span a program; distribute spans: {self.order}"
+        yield f"loop over keys by {self.keys}, outside; load each tile of key and value once, by {self.loading}"
+        yield f"tile rows by {self.rows}; read and write their sums again for each tile of keys"
+        yield f"pipeline the loop over rows: {self.pipelining}; loads {self.stages} deep, by pointer"
 
     def with_knobs(self, **knobs: int | str) -> Schedule:
         """The same schedule with some options of a compiler set."""

@@ -1,4 +1,4 @@
-"""The forward with the walk over keys outermost (FlashAttention-1): rows come by a tile of keys, and are put away again.
+"""The forward with the walk over keys outermost (FlashAttention-1): rows come by each tile of keys.
 
 Dao, Fu, Ermon, Rudra, Re 2022, arXiv 2205.14135, Algorithm 1. A tile of key and value is loaded once; for each, out,
 row maximum and row sum of every tile of rows are read, brought up to date and written. As in FlashAttention-2 the
@@ -119,8 +119,8 @@ def done(
     if PLAN.rest:
         # behind a finite fill a row that keeps nothing weighs every key: its tile begins anew, whatever it has seen
         dead = tl.min(top, 0) <= PLAN.floor
-        acc_anew, top_anew, total_anew = no_keys(b, h, m, scope, PLAN)
-        acc, top, total = tl.where(dead, acc_anew, acc), tl.where(dead, top_anew, top), tl.where(dead, total_anew, total)
+        zero, lowest, none = no_keys(b, h, m, scope, PLAN)
+        acc, top, total = tl.where(dead, zero, acc), tl.where(dead, lowest, top), tl.where(dead, none, total)
         q = load_query(query, q_at, b, h, m, inside, PLAN)
         bits = m
         if PLAN.dropout > 0.0:
