@@ -16,15 +16,14 @@ __all__ = ["Algorithm", "Loading", "Order", "Pipelining", "Schedule"]
 #: again for each tile of keys; a program has a span of a head's rows. ``split keys`` is FlashDecoding: rows outside,
 #: each span of keys in a program of its own, and a merge.
 Algorithm = Literal["rows outside", "keys outside", "split keys"]
-#: In which order tiles of rows start: as they lie; those with the most keys first; or as many programs as fit, each
-#: taking one tile after another.
+#: In which order tiles of rows, or spans of them, start: as they lie; those with the most keys first; or as many
+#: programs as fit, each taking one after another.
 Order = Literal["plain", "longest first", "persistent"]
 #: What overlaps in the loop: nothing but loads; the next product of query and key is started before this softmax;
 #: the product of weights and value is done one tile late (the two schedules of triton-lang/triton#5185).
 Pipelining = Literal["none", "query-key ahead", "weight-value behind"]
-#: By tensor descriptor (TMA, 2-D block loads), or a pointer for each element, which is what operands are loaded by that
-#: no descriptor can describe. Block pointers would stand between both: they are deprecated in Triton 3.7 and gone in
-#: 3.9, and compilers make of them what they make of pointers and masks.
+#: By tensor descriptor (TMA, 2-D block loads), or a pointer for each element, which is how operands are loaded that no
+#: descriptor can describe. Triton's block pointers would stand between both: they are deprecated in 3.7, gone in 3.9.
 Loading = Literal["descriptor", "pointer"]
 
 

@@ -49,6 +49,15 @@ def row_bits(seed, b, h, m, PLAN: tl.constexpr):
 
 
 @triton.jit
+def bits_at(seed, b, h, m, PLAN: tl.constexpr):
+    """:func:`row_bits` of the seed in memory; of no use, and nothing, where nothing is dropped."""
+    bits = m
+    if PLAN.dropout > 0.0:
+        bits = row_bits(tl.load(seed), b, h, m, PLAN)
+    return bits
+
+
+@triton.jit
 def kept(bits, n, PLAN: tl.constexpr):
     """Which weights dropout keeps."""
     both = (bits ^ mixed(GOLDEN * (n.to(tl.int64) + 1))) * FIRST
@@ -374,9 +383,7 @@ def row_tile(
     q = load_query(query, q_at, b, h, m, inside, PLAN)
     key, value = of_head(key, k_at, b, hk, PLAN), of_head(value, v_at, b, hk, PLAN)
     acc, top, total = no_keys(b, h, m, scope, PLAN)
-    bits = m
-    if PLAN.dropout > 0.0:
-        bits = row_bits(tl.load(seed), b, h, m, PLAN)
+    bits = bits_at(seed, b, h, m, PLAN)
 
     first, core_first, core_last, last = spans(tile, rows, keys, band, PLAN)
     if PLAN.splits > 1:

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from attnfuse.kernels.triton.forward import (
     added,
+    bits_at,
     factored,
     head_at,
     load_keys,
@@ -31,7 +32,6 @@ from attnfuse.kernels.triton.forward import (
     logits,
     no_keys,
     of_head,
-    row_bits,
     row_tiles,
     rows_at,
     softmax_step,
@@ -94,9 +94,7 @@ def come_by(
     for tile in tl.range(first, last, num_stages=PLAN.stages):
         place = (head * tiles + tile).to(tl.int64)
         m, h, inside = rows_at(tile, head, sizes, PLAN)
-        bits = m
-        if PLAN.dropout > 0.0:
-            bits = row_bits(tl.load(seed), b, h, m, PLAN)
+        bits = bits_at(seed, b, h, m, PLAN)
         q = load_query(query, q_at, b, h, m, inside, PLAN)
         u = logits(q, k, b, h, m, n0, keys, scope, CORE, PLAN)
         acc, top, total = fetched(held, place, PLAN)
@@ -122,9 +120,7 @@ def done(
         zero, lowest, none = no_keys(b, h, m, scope, PLAN)
         acc, top, total = tl.where(dead, zero, acc), tl.where(dead, lowest, top), tl.where(dead, none, total)
         q = load_query(query, q_at, b, h, m, inside, PLAN)
-        bits = m
-        if PLAN.dropout > 0.0:
-            bits = row_bits(tl.load(seed), b, h, m, PLAN)
+        bits = bits_at(seed, b, h, m, PLAN)
         acc, top, total = walk(acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits,
                                0, tl.where(dead, keys, 0), keys, scope, False, PLAN)  # fmt: skip
     acc = factored(acc, b, h, m, scope, PLAN)
@@ -156,6 +152,7 @@ def span_of_rows(
     tl.debug_barrier()
     first, _, _, _ = spans(begin, rows, keys, band, PLAN)
     _, _, _, last = spans(end - 1, rows, keys, band, PLAN)
+    # a span without rows loads nothing
     last = tl.where(begin < end, last, first)
     for n0 in range(first, last, PLAN.keys):
         k = load_keys(key, k_at, where, n0, keys, PLAN.width, PLAN.padded, not PLAN.even, PLAN).to(PLAN.score_type)
