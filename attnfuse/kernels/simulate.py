@@ -176,13 +176,16 @@ class Simulation:
             yield rows, self.walk(self.start(rows), rows, self.tiles_of_keys(rows))
 
     def keys_outside(self) -> Iterator[tuple[Span, Sums]]:
-        """FlashAttention-1: the sums of every tile of rows are kept from tile of keys to tile of keys."""
-        kept_sums = {rows: self.start(rows) for rows in self.tiles_of_rows()}
-        for first, _ in spans(0, self.keys, self.schedule.keys):
-            for rows, sums in kept_sums.items():
-                tile = [keys for keys in self.tiles_of_keys(rows) if keys[0] == first]
-                kept_sums[rows] = self.walk(sums, rows, tile)
-        yield from kept_sums.items()
+        """FlashAttention-1: the sums of a span's tiles of rows are kept from tile of keys to tile of keys."""
+        tiles = self.tiles_of_rows()
+        each = -(-len(tiles) // self.schedule.spans)
+        for begin in range(0, len(tiles), each):
+            kept_sums = {rows: self.start(rows) for rows in tiles[begin : begin + each]}
+            for first, _ in spans(0, self.keys, self.schedule.keys):
+                for rows, sums in kept_sums.items():
+                    tile = [keys for keys in self.tiles_of_keys(rows) if keys[0] == first]
+                    kept_sums[rows] = self.walk(sums, rows, tile)
+            yield from kept_sums.items()
 
     def split_keys(self) -> Iterator[tuple[Span, Sums]]:
         """FlashDecoding: each split starts anew, the sink in the first; then they are merged."""

@@ -181,6 +181,13 @@ class TestSchedules:
         keep(HOPPER, {case_of(of): Measured({}, {"triton": asdict(split)})})
         assert self.planned() == replace(split, algorithm="rows outside", splits=1)
 
+    def test_rows_are_in_as_many_spans_as_the_call_wants(self) -> None:
+        outside = Schedule("keys outside", rows=64, keys=64)
+        of = problem("causal", rows=1024, keys=1024, dtype=torch.bfloat16)
+        keep(HOPPER, {case_of(of): Measured({}, {"triton": asdict(outside)})})
+        # 132 processors want 17 programs of each of eight heads, but there are 16 tiles of rows
+        assert self.planned() == replace(outside, spans=16)
+
     def test_those_of_triton_are_different_and_fit_a_few_rows(self) -> None:
         decoding = problem("scaled", rows=1, keys=8192, dtype=torch.bfloat16)
         schedules = lookup("triton").schedules(decoding, HOPPER)

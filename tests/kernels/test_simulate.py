@@ -17,7 +17,7 @@ from attnfuse.score import P
 from tests.kernels.cases import COMMON, SIZES, SPECS, assert_as_exact, case, exact, written_out
 
 SCHEDULES = [
-    Schedule(algorithm=algorithm, order=order, pipelining=pipelining, rows=16, keys=16, splits=3)
+    Schedule(algorithm=algorithm, order=order, pipelining=pipelining, rows=16, keys=16, splits=3, spans=2)
     for algorithm, order, pipelining in product(get_args(Algorithm), get_args(Order), get_args(Pipelining))
 ]
 
@@ -79,4 +79,12 @@ def test_a_schedule_says_its_steps() -> None:
         "distribute tiles of rows: longest first",
         "pipeline the loop: none; loads 3 deep, by pointer",
         "lay out over 4 warps, at most 168 registers a thread, kpack=2",
+    ]
+    assert list(Schedule("keys outside", rows=128, keys=64, spans=3, loading="descriptor").steps()) == [
+        "tile batch and heads: one of each a program",
+        "split rows in 3, a span a program; distribute spans: plain",
+        "loop over keys by 64, outside; load each tile of key and value once, by descriptor",
+        "tile rows by 128; read and write their sums again for each tile of keys",
+        "pipeline the loop over rows: none; loads 2 deep, by pointer",
+        "lay out over 4 warps",
     ]

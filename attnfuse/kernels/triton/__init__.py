@@ -1,7 +1,8 @@
 """Attention in Triton: one body an algorithm, driven by a schedule, for any score program.
 
-``text`` and ``logit`` know nothing of Triton; the bodies (``forward``) are imported when a kernel is launched, so
-that this package can be imported, and its kernel asked, where Triton is not installed.
+``text`` and ``logit`` know nothing of Triton; the bodies (``forward``, ``keys_outside``, ``backward``) are imported
+when a kernel is launched, so that this package can be imported, and its kernel asked, where Triton is not
+installed.
 """
 
 from __future__ import annotations

@@ -49,11 +49,80 @@ def row_bits(seed, b, h, m, PLAN: tl.constexpr):
 
 
 @triton.jit
+def bits_at(seed, b, h, m, PLAN: tl.constexpr):
+    """:func:`row_bits` of the seed in memory; of no use, and nothing, where nothing is dropped."""
+    bits = m
+    if PLAN.dropout > 0.0:
+        bits = row_bits(tl.load(seed), b, h, m, PLAN)
+    return bits
+
+
+@triton.jit
 def kept(bits, n, PLAN: tl.constexpr):
     """Which weights dropout keeps."""
     both = (bits ^ mixed(GOLDEN * (n.to(tl.int64) + 1))) * FIRST
     both = ((both ^ (both >> 29)) >> 32) & 0x7FFFFFFF
     return both >= PLAN.dropped_below
+
+
+# --- where a program is -----------------------------------------------------------------------------
+
+
+@triton.jit
+def row_tiles(rows, PLAN: tl.constexpr):
+    """How many tiles the rows of a head have; of all heads that share a key head where they are packed."""
+    return tl.cdiv(rows * PLAN.group, PLAN.rows)
+
+
+@triton.jit
+def head_at(head, sizes, PLAN: tl.constexpr):
+    """Batch and key head of a program's ``head``, for addresses, and all three as descriptors have them."""
+    b1_size, heads = sizes[0], sizes[1]
+    in_batch = heads // PLAN.group
+    outer, hk = head // in_batch, (head % in_batch) // (PLAN.groups // PLAN.group)
+    b = ((outer // b1_size).to(tl.int64), (outer % b1_size).to(tl.int64))
+    where = ((outer // b1_size).to(tl.int32), (outer % b1_size).to(tl.int32), hk.to(tl.int32))
+    return b, hk, where
+
+
+@triton.jit
+def rows_at(tile, head, sizes, PLAN: tl.constexpr):
+    """Rows and heads of a tile's rows, and which there are: the last is repeated in place of those there are not."""
+    heads, rows = sizes[1], sizes[2]
+    r, in_batch = tile * PLAN.rows + tl.arange(0, PLAN.rows), heads // PLAN.group
+    inside = (r < rows * PLAN.group)[:, None]
+    m = tl.minimum(r // PLAN.group, rows - 1)[:, None]
+    if PLAN.packed:
+        h = ((head % in_batch) * PLAN.group + r % PLAN.group).to(tl.int64)[:, None]
+    else:
+        h = (head % in_batch).to(tl.int64)
+    return m, h, inside
+
+
+@triton.jit
+def flat(b, h, m, sizes):
+    """The place of rows among those of all heads."""
+    return ((b[0] * sizes[0] + b[1]) * sizes[1] + h) * sizes[2] + m
+
+
+# --- what it loads ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_query(query, at, b, h, m, inside, PLAN: tl.constexpr):
+    """A tile of query, ``[PLAN.rows, PLAN.padded]``, in the type of the first product."""
+    d = tl.arange(0, PLAN.padded)
+    rows = query + (b[0] * at[0] + b[1] * at[1] + h * at[2] + m.to(tl.int64) * at[3])
+    q = tl.load(rows + (d * at[4])[None, :], mask=inside & (d < PLAN.width)[None, :], other=0.0)
+    return q.to(PLAN.score_type)
+
+
+@triton.jit
+def of_head(source, at, b, hk, PLAN: tl.constexpr):
+    """Where tiles of one head of key or value are loaded from: a descriptor is told at each load."""
+    if not PLAN.descriptors:
+        source = source + (b[0] * at[0] + b[1] * at[1] + hk.to(tl.int64) * at[2])
+    return source
 
 
 @triton.jit
@@ -91,6 +160,23 @@ def load_value(source, at, where, first, keys, EDGE: tl.constexpr, PLAN: tl.cons
     else:
         tile = load_keys(source, at, where, first, keys, PLAN.value_width, PLAN.value_padded, EDGE, PLAN)
     return tile.to(PLAN.weight_type)
+
+
+# --- an online softmax ------------------------------------------------------------------------------
+
+
+@triton.jit
+def no_keys(b, h, m, scope, PLAN: tl.constexpr):
+    """The sums of a tile of rows before any key: of a sink alone, where there is one."""
+    acc = tl.full([PLAN.rows, PLAN.value_padded], 0.0, tl.float32)
+    top = tl.full([PLAN.rows], -float("inf"), tl.float32)
+    total = tl.full([PLAN.rows], 0.0, tl.float32)
+    if PLAN.sink is not None:
+        # a key like any other, of weight one relative to itself, without a value
+        u = PLAN.sink(m * 0.0, m * 0.0, b, h, m, m, *scope)
+        top = tl.reshape(tl.broadcast_to(u + m * 0.0, [PLAN.rows, 1]), [PLAN.rows])
+        total = tl.where(top == -float("inf"), 0.0, PLAN.sink_weight)
+    return acc, top, total
 
 
 @triton.jit
@@ -231,9 +317,8 @@ def spans(tile, rows, keys, band, PLAN: tl.constexpr):
 
     All but the last are whole tiles of keys.
     """
-    group: tl.constexpr = PLAN.groups if PLAN.packed else 1
-    m_first = tile * PLAN.rows // group
-    m_last = tl.minimum((tile * PLAN.rows + PLAN.rows - 1) // group, rows - 1)
+    m_first = tile * PLAN.rows // PLAN.group
+    m_last = tl.minimum((tile * PLAN.rows + PLAN.rows - 1) // PLAN.group, rows - 1)
     first, last = m_first * 0, m_first * 0 + keys
     core_first, core_last = first, last
     if PLAN.left:
@@ -256,55 +341,54 @@ def log_sums(top, total, PLAN: tl.constexpr):
 
 
 @triton.jit
+def factored(acc, b, h, m, scope, PLAN: tl.constexpr):
+    """Sums after the part of their weights' program that is one for a row."""
+    if PLAN.row_factor is not None:
+        acc = acc * PLAN.row_factor(m * 0.0, m * 0.0, b, h, m, m, *scope)
+    return acc
+
+
+@triton.jit
+def write(acc, top, total, out, lse, o_at, b, h, m, inside, sizes, PLAN: tl.constexpr):
+    """Normalises a tile of rows and stores it, and its lse where that is asked for."""
+    found = acc / total[:, None]
+    if PLAN.dropout > 0.0:
+        found = found * PLAN.kept_scale
+    dv = tl.arange(0, PLAN.value_padded)
+    o_rows = out + (b[0] * o_at[0] + b[1] * o_at[1] + h * o_at[2] + m.to(tl.int64) * o_at[3])
+    inside_out = inside & (dv < PLAN.value_width)[None, :]
+    tl.store(o_rows + (dv * o_at[4])[None, :], found.to(out.dtype.element_ty), mask=inside_out)
+    if PLAN.with_lse:
+        tl.store(lse + flat(b, h, m, sizes), log_sums(top, total, PLAN)[:, None], mask=inside)
+
+
+# --- bodies -----------------------------------------------------------------------------------------
+
+
+@triton.jit
 def row_tile(
     work, query, key, value, out, lse, partial, scope, seed, q_at, k_at, v_at, o_at, sizes, band,
     PLAN: tl.constexpr,
 ):  # fmt: skip
     """Computes one tile of rows of one head; of all heads that share a key head where they are packed."""
-    b1_size, heads, rows, keys, _, every = sizes
-    group: tl.constexpr = PLAN.groups if PLAN.packed else 1
-    tiles = tl.cdiv(rows * group, PLAN.rows)
+    _, _, rows, keys, _, every = sizes
+    tiles = row_tiles(rows, PLAN)
     split = work % PLAN.splits
     work = work // PLAN.splits
     tile, head = work % tiles, work // tiles
     if PLAN.order == "longest first":
         tile = tiles - 1 - tile
-    in_batch = heads // group
-    outer = head // in_batch
-    b = ((outer // b1_size).to(tl.int64), (outer % b1_size).to(tl.int64))
-    hk = (head % in_batch) // (PLAN.groups // group)
-    where = ((outer // b1_size).to(tl.int32), (outer % b1_size).to(tl.int32), hk.to(tl.int32))
-
-    r, d, dv = tile * PLAN.rows + tl.arange(0, PLAN.rows), tl.arange(0, PLAN.padded), tl.arange(0, PLAN.value_padded)
-    inside = (r < rows * group)[:, None]
-    m = tl.minimum(r // group, rows - 1)[:, None]
-    if PLAN.packed:
-        h = (hk * group + r % group).to(tl.int64)[:, None]
-    else:
-        h = (head % in_batch).to(tl.int64)
-    q_rows = query + (b[0] * q_at[0] + b[1] * q_at[1] + h * q_at[2] + m.to(tl.int64) * q_at[3])
-    q = tl.load(q_rows + (d * q_at[4])[None, :], mask=inside & (d < PLAN.width)[None, :], other=0.0)
-    q = q.to(PLAN.score_type)
-    if not PLAN.descriptors:
-        key = key + (b[0] * k_at[0] + b[1] * k_at[1] + hk.to(tl.int64) * k_at[2])
-        value = value + (b[0] * v_at[0] + b[1] * v_at[1] + hk.to(tl.int64) * v_at[2])
-
-    acc = tl.full([PLAN.rows, PLAN.value_padded], 0.0, tl.float32)
-    top = tl.full([PLAN.rows], -float("inf"), tl.float32)
-    total = tl.full([PLAN.rows], 0.0, tl.float32)
-    if PLAN.sink is not None:
-        # a key like any other, of weight one relative to itself, without a value
-        u = PLAN.sink(m * 0.0, m * 0.0, b, h, m, m, *scope)
-        top = tl.reshape(tl.broadcast_to(u + m * 0.0, [PLAN.rows, 1]), [PLAN.rows])
-        if PLAN.splits > 1:
-            top = tl.where(split == 0, top, -float("inf"))
-        total = tl.where(top == -float("inf"), 0.0, PLAN.sink_weight)
-    bits = m
-    if PLAN.dropout > 0.0:
-        bits = row_bits(tl.load(seed), b, h, m, PLAN)
+    b, hk, where = head_at(head, sizes, PLAN)
+    m, h, inside = rows_at(tile, head, sizes, PLAN)
+    q = load_query(query, q_at, b, h, m, inside, PLAN)
+    key, value = of_head(key, k_at, b, hk, PLAN), of_head(value, v_at, b, hk, PLAN)
+    acc, top, total = no_keys(b, h, m, scope, PLAN)
+    bits = bits_at(seed, b, h, m, PLAN)
 
     first, core_first, core_last, last = spans(tile, rows, keys, band, PLAN)
     if PLAN.splits > 1:
+        # a sink counts once
+        top, total = tl.where(split == 0, top, -float("inf")), tl.where(split == 0, total, 0.0)
         size = tl.cdiv(tl.cdiv(last - first, PLAN.keys), PLAN.splits) * PLAN.keys
         begin = first + split * size
         first, last = begin, tl.minimum(last, begin + size)
@@ -334,24 +418,15 @@ def row_tile(
         acc, top, total = walk(acc, top, total, q, key, value, k_at, v_at, where, b, h, m, bits,
                                after, tl.where(dead, keys, after), keys, scope, False, PLAN)  # fmt: skip
 
-    if PLAN.row_factor is not None:
-        acc = acc * PLAN.row_factor(m * 0.0, m * 0.0, b, h, m, m, *scope)
-    flat = ((b[0] * b1_size + b[1]) * heads + h) * rows + m
+    acc = factored(acc, b, h, m, scope, PLAN)
     if PLAN.splits > 1:
         tops, totals, sums = partial
-        place = split * every + flat
+        place, dv = split * every + flat(b, h, m, sizes), tl.arange(0, PLAN.value_padded)
         tl.store(tops + place, top[:, None], mask=inside)
         tl.store(totals + place, total[:, None], mask=inside)
         tl.store(sums + place * PLAN.value_width + dv[None, :], acc, mask=inside & (dv < PLAN.value_width)[None, :])
     else:
-        found = acc / total[:, None]
-        if PLAN.dropout > 0.0:
-            found = found * PLAN.kept_scale
-        o_rows = out + (b[0] * o_at[0] + b[1] * o_at[1] + h * o_at[2] + m.to(tl.int64) * o_at[3])
-        inside_out = inside & (dv < PLAN.value_width)[None, :]
-        tl.store(o_rows + (dv * o_at[4])[None, :], found.to(out.dtype.element_ty), mask=inside_out)
-        if PLAN.with_lse:
-            tl.store(lse + flat, log_sums(top, total, PLAN)[:, None], mask=inside)
+        write(acc, top, total, out, lse, o_at, b, h, m, inside, sizes, PLAN)
 
 
 @triton.jit

@@ -39,16 +39,16 @@ def attend(
 
     Shapes as in :mod:`attnfuse.spec`, none of them zero; two batch axes at most.
     """
-    from attnfuse.kernels.triton.forward import forward, merge  # noqa: PLC0415 - Triton is imported when it is launched
-
     *batch, heads, rows, _ = query.shape
     dtype = out_dtype(spec, value.dtype)
     out = value.new_empty((*batch, rows, heads, value.shape[-1]), dtype=dtype).transpose(-3, -2)
     lse = query.new_empty((*batch, heads, rows) if with_lse else 0, dtype=torch.float32)
     launch = prepare(spec, query, key, value, captures, symbols, out, lse, schedule)
     with on_device(query.device):
-        forward[(launch.programs,)](*launch.arguments, **launch.options)
+        launch.body[(launch.programs,)](*launch.arguments, **launch.options)
         if launch.merging is not None:
+            from attnfuse.kernels.triton.forward import merge  # noqa: PLC0415 - Triton is imported when it is launched
+
             merge[(query.shape[:-1].numel(),)](*launch.merging, num_warps=1)
     return out, lse
 
@@ -96,8 +96,8 @@ def _geometry(
     plan = plan_of(spec, query, key, value, captures, symbols, target, precision, schedule, with_lse=with_lse)
     if not (key.describable("d", batch) and value.describable(plan.value_minor, batch)):
         plan = replace(plan, schedule=replace(plan.schedule, loading="pointer"))
-    group = plan.groups if plan.packed else 1
-    work = -(-rows * group // plan.rows) * math.prod(batch) * (heads // group) * plan.splits
+    of_rows = plan.spans if plan.keys_outside else -(-rows * plan.group // plan.rows)
+    work = of_rows * math.prod(batch) * (heads // plan.group) * plan.splits
     b1, band = (*batch, 1, 1)[1], masking_band(spec, symbols)
     descriptors = (
         key.described("d", plan.keys, plan.padded),
@@ -119,8 +119,9 @@ def _geometry(
 
 @dataclass(frozen=True)
 class Launch:
-    """What a body is launched with, and the merge after it, where keys are split."""
+    """A body, what it is launched with, and the merge after it, where keys are split."""
 
+    body: Any
     programs: int
     arguments: tuple[Any, ...]
     options: dict[str, Any]
@@ -146,14 +147,14 @@ def prepare(
         schedule, lse.numel() > 0, target or _target(query.device), precision_of(out.dtype),
     )  # fmt: skip
     plan = known.plan
-    asked, partial = lse if plan.with_lse else None, _partial(query, value, plan.splits)
+    asked, kept = lse if plan.with_lse else None, _sums(plan, query, value)
     arguments = (
-        query, *_sources(known, key, value), out, asked, partial, (named, known.captures, tuple(symbols)),
+        query, *_sources(known, key, value), out, asked, kept, (named, known.captures, tuple(symbols)),
         seed_of(spec, captures) if plan.dropout else None, *known.strides, known.sizes, known.band, plan,
     )  # fmt: skip
     programs = min(known.programs, _processors(query.device)) if plan.order == "persistent" else known.programs
-    merging = None if partial is None else (partial, out, asked, known.strides[-1], known.sizes, plan)
-    return Launch(programs, arguments, options_of(plan.schedule), merging)
+    merging = (kept, out, asked, known.strides[-1], known.sizes, plan) if plan.splits > 1 else None
+    return Launch(_body(plan), programs, arguments, options_of(plan.schedule), merging)
 
 
 _target = lru_cache(Target.of)
@@ -180,10 +181,22 @@ def _sources(known: Geometry, *operands: Tensor) -> tuple[Any, ...]:
     return tuple(made)
 
 
-def _partial(query: Tensor, value: Tensor, splits: int) -> tuple[Tensor, ...] | None:
-    """Room for maximum, sum and unnormalised out of every row in every split."""
-    if splits == 1:
+def _body(plan: Plan) -> Any:
+    from attnfuse.kernels.triton.forward import forward  # noqa: PLC0415 - Triton is imported when it is launched
+    from attnfuse.kernels.triton.keys_outside import keys_outside  # noqa: PLC0415
+
+    return keys_outside if plan.keys_outside else forward
+
+
+def _sums(plan: Plan, query: Tensor, value: Tensor) -> tuple[Tensor, ...] | None:
+    """Room for maximum, sum and unnormalised out of every row: in every split, or between tiles of keys."""
+    if plan.keys_outside:
+        *batch, heads, rows, _ = query.shape
+        tiles = math.prod(batch) * (heads // plan.group) * -(-rows * plan.group // plan.rows)
+        shapes = ((tiles, plan.rows), (tiles, plan.rows), (tiles, plan.rows, plan.value_padded))
+    elif plan.splits > 1:
+        every = query.shape[:-1].numel()
+        shapes = ((plan.splits, every), (plan.splits, every), (plan.splits, every, value.shape[-1]))
+    else:
         return None
-    rows = query.shape[:-1].numel()
-    shapes = ((splits, rows), (splits, rows), (splits, rows, value.shape[-1]))
     return tuple(query.new_empty(shape, dtype=torch.float32) for shape in shapes)

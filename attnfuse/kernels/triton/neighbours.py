@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.schedule import Schedule
-from attnfuse.kernels.triton.planning import filled, shipped
+from attnfuse.kernels.triton.planning import filled, shape_of, shipped
+from attnfuse.kernels.triton.tables import keys_outside_for
 from attnfuse.target import Target
 
 __all__ = ["neighbours"]
@@ -17,10 +18,11 @@ SMALLEST, LARGEST, MOST_WARPS, MOST_STAGES = 16, 256, 8, 4
 
 
 def neighbours(problem: Problem, target: Target) -> tuple[Schedule, ...]:
-    """The table's schedule, and those that differ from it in one choice, or in rows and warps."""
+    """The table's schedule, those that differ from it in one choice, or in rows and warps, and keys outside."""
     spec, query, key, value, symbols = problem.spec, problem.query, problem.key, problem.value, problem.symbols
     base = shipped(spec, query, key, value, symbols, target)
-    near = (filled(each, spec, query, key, symbols, target) for each in (base, *_steps(base)))
+    outside = keys_outside_for(target, shape_of(spec, query, key, value, symbols, target))
+    near = (filled(each, spec, query, key, symbols, target) for each in (base, *_steps(base), outside) if each)
     return tuple(dict.fromkeys(near))
 
 

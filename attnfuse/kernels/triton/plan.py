@@ -71,9 +71,24 @@ class Plan:
         return self.schedule.keys
 
     @property
+    def group(self) -> int:
+        """Query heads whose rows share a tile."""
+        return self.groups if self.packed else 1
+
+    @property
     def splits(self) -> int:
         """Spans of keys that are computed apart."""
         return self.schedule.splits
+
+    @property
+    def keys_outside(self) -> bool:
+        """Which of the bodies runs."""
+        return self.schedule.algorithm == "keys outside"
+
+    @property
+    def spans(self) -> int:
+        """Spans of a head's rows that are computed apart, where keys are outside."""
+        return self.schedule.spans
 
     @property
     def splits_padded(self) -> int:

@@ -21,12 +21,12 @@ from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton.logit import logit_of
 from attnfuse.kernels.triton.memory import Memory
 from attnfuse.kernels.triton.plan import Plan
-from attnfuse.kernels.triton.tables import Shape, schedule_for, with_splits
+from attnfuse.kernels.triton.tables import Shape, schedule_for, with_spans, with_splits
 from attnfuse.score import Const, Expr, text
 from attnfuse.spec import AttentionSpec, axes_of
 from attnfuse.target import Target
 
-__all__ = ["NAME", "filled", "plan_of", "precision_of", "shipped"]
+__all__ = ["NAME", "filled", "plan_of", "precision_of", "shape_of", "shipped"]
 
 #: What the kernel that plans are for is called.
 NAME = "triton"
@@ -74,7 +74,7 @@ def plan_of(
     scores, weights = _types(spec, query, key, value, target)
     in_tile, of_row = factors_of_weights(spec)
     packed = groups > 1 and rows <= PACKED_BELOW
-    schedule = schedule or _chosen(spec, query, key, value, symbols, target)
+    schedule = _able(schedule or _chosen(spec, query, key, value, symbols, target))
     return Plan(
         schedule=schedule,
         captures=spec.captures,
@@ -108,6 +108,20 @@ def plan_of(
         weights=_NAMES[weights],
         headroom=HEADROOM.get(weights, 0.0),
     )
+
+
+def _able(schedule: Schedule) -> Schedule:
+    """The schedule itself. Raises :class:`BadProgram` for one that no body carries out."""
+    if schedule.algorithm == "keys outside" and schedule.pipelining != "none":
+        raise BadProgram(
+            f"with keys outside a tile of rows meets one tile of keys at a time, which leaves nothing to pipeline:"
+            f" {schedule.pipelining!r} must be 'none'"
+        )
+    if schedule.algorithm == "keys outside" and schedule.splits > 1:
+        raise BadProgram(
+            f"with keys outside rows are split, in spans, and not keys: splits={schedule.splits} must be 1"
+        )
+    return schedule
 
 
 def _fill(spec: AttentionSpec) -> float:
@@ -151,11 +165,23 @@ def shipped(
     target: Target,
 ) -> Schedule:
     """The schedule that the target's table has for operands, keys not yet split."""
+    return schedule_for(target, shape_of(spec, query, key, value, symbols, target))
+
+
+def shape_of(
+    spec: AttentionSpec,
+    query: Memory | Operand,
+    key: Memory | Operand,
+    value: Memory | Operand,
+    symbols: tuple[int, ...],
+    target: Target,
+) -> Shape:
+    """What tables know of operands."""
     widths = _padded(query.shape[-1]), _padded(value.shape[-1])
     banded = not masking_band(spec, symbols).open
     scores, weights = _types(spec, query, key, value, target)
     wider = max(scores.itemsize, weights.itemsize)
-    return schedule_for(target, Shape(*widths, wider, banded, _in_tiles(query, key), narrow=scores.itemsize == 1))
+    return Shape(*widths, wider, banded, _in_tiles(query, key), narrow=scores.itemsize == 1)
 
 
 def filled(
@@ -166,8 +192,11 @@ def filled(
     symbols: tuple[int, ...],
     target: Target,
 ) -> Schedule:
-    """The schedule with keys split where a few rows would not fill the processors."""
+    """The schedule with keys split where a few rows would not fill the processors; with keys outside, rows."""
     rows, keys, in_tiles = query.shape[-2], key.shape[-2], _in_tiles(query, key)
+    if schedule.algorithm == "keys outside":
+        heads = math.prod(query.shape[:-1]) // in_tiles
+        return with_spans(schedule, heads, in_tiles, device_of(target).processors)
     if in_tiles > PACKED_BELOW or not skips_surely(spec, rows, keys, symbols):
         return schedule
     programs = math.prod(key.shape[:-2]) * -(-in_tiles // schedule.rows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.target import Target
 
-__all__ = ["Shape", "backward_schedules", "schedule_for", "with_splits"]
+__all__ = ["Shape", "backward_schedules", "keys_outside_for", "schedule_for", "with_spans", "with_splits"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,10 @@ _CDNA = (
     (256, Schedule(rows=64, keys=32, warps=4, stages=1).with_knobs(matrix_instr_nonkdim=16)),
     (512, Schedule(rows=32, keys=16, warps=4, stages=1).with_knobs(matrix_instr_nonkdim=16)),
 )
+_CDNA_KEYS_OUTSIDE = (
+    (64, Schedule("keys outside", rows=64, keys=128, warps=4, stages=1).with_knobs(matrix_instr_nonkdim=16)),
+    (128, Schedule("keys outside", rows=64, keys=64, warps=4, stages=1).with_knobs(matrix_instr_nonkdim=16)),
+)
 _PONTE_VECCHIO = (
     (64, Schedule(rows=128, keys=64, loading="descriptor", warps=16, stages=3).with_knobs(grf_mode="256")),
     (128, Schedule(rows=128, keys=64, loading="descriptor", warps=16, stages=3).with_knobs(grf_mode="256")),
@@ -92,6 +96,22 @@ def schedule_for(target: Target, shape: Shape) -> Schedule:
     if shape.rows <= 64:
         found = replace(found, rows=max(16, min(found.rows, _power(shape.rows))), warps=min(found.warps, 4))
     return replace(found, order="longest first") if shape.banded else found
+
+
+def keys_outside_for(target: Target, shape: Shape) -> Schedule | None:
+    """Keys outside where that is worth a try: on AMD, whose last cache of 256 MB may hold what is read and written.
+
+    None elsewhere (NOTES.md says why), for a few rows, whose keys are split, and for elements of other than two bytes.
+    """
+    if target.kind != "rocm" or shape.rows <= 64 or shape.itemsize != 2 or shape.narrow:
+        return None
+    found = next((schedule for widest, schedule in _CDNA_KEYS_OUTSIDE if shape.widest <= widest), None)
+    return replace(found, order="longest first") if found is not None and shape.banded else found
+
+
+def with_spans(found: Schedule, heads: int, rows: int, processors: int) -> Schedule:
+    """The schedule with as few spans of each head's rows as give every processor a program."""
+    return replace(found, spans=max(1, min(-(-processors // heads), -(-rows // found.rows))))
 
 
 #: Programs that one processor holds while a few rows are decoded.

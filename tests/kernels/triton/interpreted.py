@@ -7,6 +7,7 @@ bfloat16 wrongly, without saying so, so operands are float32 and float16.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from attnfuse.score import P
 from tests.kernels.cases import COMMON, MIN, SPECS, Case, Sizes, assert_as_exact, case, exact, spec, written_out
 
 TILE = Schedule(rows=16, keys=16)
+KEYS_OUTSIDE = replace(TILE, algorithm="keys outside")
 SMALL = Sizes((2,), 2, 1, 19, 37, 8, 8)
 #: Paths through the forward that other specs take too.
 _ALIKE = (
@@ -45,9 +47,10 @@ def check(given: Case, schedule: Schedule = TILE) -> None:
     torch.testing.assert_close(lse, true_lse, equal_nan=True)
 
 
+@pytest.mark.parametrize("schedule", [TILE, KEYS_OUTSIDE], ids=lambda schedule: schedule.algorithm)
 @pytest.mark.parametrize("name", FORWARD)
-def test_every_spec(name: str) -> None:
-    check(case(FORWARD[name], SMALL, torch.float32))
+def test_every_spec(name: str, schedule: Schedule) -> None:
+    check(case(FORWARD[name], SMALL, torch.float32), schedule)
 
 
 SCHEDULES = {
@@ -59,12 +62,31 @@ SCHEDULES = {
     "split keys": replace(TILE, algorithm="split keys", splits=5),
     "wide tiles": Schedule(rows=16, keys=64),
 }
+#: Five tiles of rows make spans of two, two and one, or of one each and none.
+SPANS = {
+    "one span": KEYS_OUTSIDE,
+    "spans": replace(KEYS_OUTSIDE, spans=3),
+    "empty spans": replace(KEYS_OUTSIDE, spans=7),
+    "longest first": replace(KEYS_OUTSIDE, spans=3, order="longest first"),
+    "persistent": replace(KEYS_OUTSIDE, spans=3, order="persistent"),
+    "descriptors": replace(KEYS_OUTSIDE, spans=3, loading="descriptor"),
+    "wide tiles": Schedule("keys outside", rows=16, keys=64, spans=3),
+    "high tiles": Schedule("keys outside", rows=64, keys=16, spans=2),
+}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule(schedule: str) -> None:
     for name in ("causal", "window", "sink, finite fill" if "keys" not in schedule else "sink", "dropout"):
         check(case(SPECS[name], replace(SMALL, batch=(1,)), torch.float32), SCHEDULES[schedule])
+
+
+@pytest.mark.parametrize("schedule", SPANS)
+def test_every_schedule_with_keys_outside(schedule: str) -> None:
+    """A tile of keys meets the tiles of rows that see it, and no other, whether or not tiles divide rows and keys."""
+    sizes = (Sizes((1,), 1, 1, 70, 53, 8, 8), Sizes((1,), 1, 1, 80, 96, 8, 8))
+    for of, name in product(sizes, ("causal", "window", "sink, finite fill")):
+        check(case(SPECS[name], of, torch.float32), SPANS[schedule])
 
 
 SIZES = {
@@ -79,21 +101,21 @@ SIZES = {
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_sizes(sizes: str) -> None:
-    for name in ("causal", "alibi"):
-        check(case(SPECS[name], *SIZES[sizes]))
+    for name, schedule in product(("causal", "alibi"), (TILE, KEYS_OUTSIDE)):
+        check(case(SPECS[name], *SIZES[sizes]), schedule)
 
 
 def test_strides_are_taken_as_they_are() -> None:
     given = case(SPECS["causal"], replace(SMALL, width=16, value_width=16, keys=40), torch.float32)
-    for loading in ("pointer", "descriptor"):
-        check(given.transposed(), replace(TILE, loading=loading))
+    for loading, schedule in product(("pointer", "descriptor"), (TILE, KEYS_OUTSIDE)):
+        check(given.transposed(), replace(schedule, loading=loading))
 
 
 def test_a_broadcast_batch_of_keys() -> None:
     given = case(SPECS["causal"], SMALL, torch.float32)
     shared = replace(given, key=given.key[:1], value=given.value[:1])
-    for loading in ("pointer", "descriptor"):
-        check(shared, replace(TILE, loading=loading))
+    for loading, schedule in product(("pointer", "descriptor"), (TILE, KEYS_OUTSIDE)):
+        check(shared, replace(schedule, loading=loading))
 
 
 @pytest.mark.parametrize("name", BACKWARD)
@@ -112,6 +134,7 @@ def test_an_additive_mask_that_leaves_rows_nothing(axes: str, fill: float) -> No
     if fill == MIN and "n" in axes:
         mask[..., ::2] = fill
     check(given)
+    check(given, KEYS_OUTSIDE)
     # what is added to all keys alike has a gradient of zero, and one that is computed is rounding alone
     check_gradients(given, compared=3 + ("n" in axes))
 

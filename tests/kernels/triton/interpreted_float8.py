@@ -31,6 +31,7 @@ SCHEDULES = {
     "plain": TILE,
     "descriptors": replace(TILE, loading="descriptor"),
     "split keys": replace(TILE, algorithm="split keys", splits=3),
+    "keys outside": replace(TILE, algorithm="keys outside"),
     "weight-value behind": replace(TILE, pipelining="weight-value behind"),
 }
 

@@ -159,11 +159,9 @@ def compiled(
     value_minor: str = "d",
 ) -> Compiled:
     """The forward of ``spec`` for a target, of operands of one dtype."""
-    from attnfuse.kernels.triton.forward import forward
-
     (query, key, value, out), captures = operands(spec, sizes, dtype, value_minor)
     lse = torch.empty(query.shape[:-1] if with_lse else (0,), dtype=torch.float32)
     launch = prepare(spec, query, key, value, captures, (), out, lse, schedule, Target.parse(target))
     with absent(target):
-        kernel = forward.warmup(*launch.arguments, grid=(1,), **launch.options)
+        kernel = launch.body.warmup(*launch.arguments, grid=(1,), **launch.options)
     return Compiled(kernel.asm, kernel.metadata.shared)
