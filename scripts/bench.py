@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -118,9 +119,14 @@ def _bench_layouts(device: str, path: Path | None, *, quick: bool) -> None:
 
 
 def _bench_hopper(only: str, json: Path | None, plot: Path | None) -> None:
-    rows = [*kernels.hopper(only), *float8.float8_rows(only), *backwards.backward_rows(only)]
-    if json is not None:
-        kernels.save(rows, json)
+    tasks = kernels.to_compile(only), float8.float8_to_compile(only), backwards.backward_to_compile(only)
+    _compile_ahead({name: prepare for each in tasks for name, prepare in each.items()})
+    rows: list[kernels.Row] = []
+    for row in chain(kernels.hopper(only), float8.float8_rows(only), backwards.backward_rows(only)):
+        rows.append(row)
+        err.print(kernels.as_text(rows[-1:]).splitlines()[-1], highlight=False)
+        if json is not None:
+            kernels.save(rows, json)
     out.print(kernels.as_text(rows), highlight=False)
     if plot is not None:
         kernels.plot(rows, plot)

@@ -11,9 +11,8 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ from attnfuse.kernels import lookup
 from attnfuse.reference import attention
 from attnfuse.score import parse
 from attnfuse.spec import AttentionSpec, Captured
+from benchmark.ahead import Prepare
 
-__all__ = ["Case", "Row", "as_text", "hopper", "plot", "save"]
+__all__ = ["Case", "Row", "as_text", "chosen", "hopper", "plot", "save", "to_compile"]
 
 ROUNDS, WARMUP, REPEAT = 3, 10, 80
 
@@ -176,11 +176,19 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 # --- measuring --------------------------------------------------------------------------------------
 
 
-def hopper(only: str = "") -> list[Row]:
-    """Every case whose name, width or length contains ``only``; needs a Hopper GPU and Triton."""
-    cases = [case for case in CASES if not only or only in f"{case.name} {case.shape}"]
-    _build_ahead(cases)
-    return [_measured(case) for case in cases]
+def chosen(cases: Sequence[Case], only: str) -> list[Case]:
+    """Those whose name, width or length contains ``only``."""
+    return [case for case in cases if not only or only in f"{case.name} {case.shape}"]
+
+
+def hopper(only: str = "") -> Iterator[Row]:
+    """The rows of the cases that are chosen; needs a Hopper GPU and Triton."""
+    yield from map(_measured, chosen(CASES, only))
+
+
+def to_compile(only: str = "") -> dict[str, Prepare]:
+    """What :func:`benchmark.ahead.compile_ahead` is to compile of them."""
+    return {f"{case.name} {case.shape}": partial(_prepared, case) for case in chosen(CASES, only)}
 
 
 def save(rows: list[Row], path: Path) -> None:
@@ -193,32 +201,29 @@ def save(rows: list[Row], path: Path) -> None:
     path.write_text(json.dumps(about, indent=1))
 
 
-def _build_ahead(cases: list[Case]) -> None:
-    """Compiles in parallel before there is a CUDA context; the launches find it in Triton's cache."""
-    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
-        list(pool.map(_build, cases))
+def _operands(case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """Query, key and value; and the captures."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    operands = [torch.randn(case.shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    return operands, _captures(case, "cuda")
 
 
-def _build(case: Case) -> None:
-    from attnfuse.kernels.gluon.build import build  # noqa: PLC0415
-    from attnfuse.kernels.gluon.plan import sourced  # noqa: PLC0415
+def _runs(case: Case, operands: list[Tensor], captures: list[Tensor]) -> tuple[Callable[[], Tensor], ...]:
+    """The peer's call and ours."""
+    query, key, value = operands
+    peer = _cudnn(case, query, key, value) if case.peer == "cudnn" else _flex(case, query, key, value, captures)
+    return peer, partial(lookup("gluon").run, case.spec, query, key, value, captures, ())
 
-    operand = torch.empty(case.shape, dtype=torch.bfloat16, device="meta")
-    tensors = (operand, operand, operand, *_captures(case, "meta"))
-    build(sourced(case.spec, tuple((x.shape, x.stride(), x.dtype) for x in tensors), (), with_lse=False)[0])
+
+def _prepared(case: Case) -> Callable[[], object]:
+    runs = _runs(case, *_operands(case))
+    return lambda: [run() for run in runs]
 
 
 def _measured(case: Case) -> Row:
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    query, key, value = (torch.randn(case.shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    captures = _captures(case, "cuda")
-    peer = _cudnn(case, query, key, value) if case.peer == "cudnn" else _flex(case, query, key, value, captures)
-    kernel = lookup("gluon")
-
-    def ours() -> Tensor:
-        return kernel.run(case.spec, query, key, value, captures, ())
-
+    (query, key, value), captures = _operands(case)
+    peer, ours = _runs(case, [query, key, value], captures)
     true = _true(case, query, key, value, captures)
     errors = [_error(run()[:1, :1], true) for run in (peer, ours)]
     peer_ms, ours_ms = _times([peer, ours])

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from attnfuse.kernels import Residual, lookup
 from attnfuse.reference import attention
-from benchmark.hopper import CASES, Case, Row, _captures, _cudnn, _error, _flex, _times
+from benchmark.ahead import Prepare
+from benchmark.hopper import CASES, Case, Row, _captures, _cudnn, _error, _flex, _times, chosen
 
-__all__ = ["backward_rows"]
+__all__ = ["backward_rows", "backward_to_compile"]
 
 #: Operations of a backward's five products, in those of a forward's two.
 PRODUCTS = 2.5
@@ -60,9 +62,14 @@ def _first(tensor: Tensor) -> Tensor:
     return cut.double().requires_grad_() if cut.is_floating_point() else cut
 
 
-def backward_rows(only: str = "") -> list[Row]:
-    """Every case whose name, width or length contains ``only``; needs a Hopper GPU and Triton."""
-    return [_measured(case) for case in _cases() if not only or only in f"{case.name} {case.shape}"]
+def backward_rows(only: str = "") -> Iterator[Row]:
+    """The rows of the cases that are chosen; needs a Hopper GPU and Triton."""
+    yield from map(_measured, chosen(tuple(_cases()), only))
+
+
+def backward_to_compile(only: str = "") -> dict[str, Prepare]:
+    """What is to be compiled of them."""
+    return {f"{case.name}, backward {case.shape}": partial(_prepared, case) for case in chosen(tuple(_cases()), only)}
 
 
 def _cases() -> Iterator[Case]:
@@ -73,13 +80,23 @@ def _cases() -> Iterator[Case]:
             yield replace(case, target=TARGET_OF_PROGRAMS)
 
 
-def _measured(case: Case) -> Row:
+def _training(case: Case) -> Training:
     torch.manual_seed(0)
     torch.compiler.reset()
     operands = [torch.randn(case.shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     captures = [x.requires_grad_(case.name in LEARNED) for x in _captures(case, "cuda")]
     query, key, value = (x.requires_grad_() for x in operands[:3])
-    training = Training(query, key, value, captures, operands[3])
+    return Training(query, key, value, captures, operands[3])
+
+
+def _prepared(case: Case) -> Callable[[], object]:
+    training = _training(case)
+    runs = _peer(case, training), _ours(case, training)
+    return lambda: [run() for run in runs]
+
+
+def _measured(case: Case) -> Row:
+    training = _training(case)
     peer, ours = _peer(case, training), _ours(case, training)
     true = _true(case, training.head())
     errors = [_largest(run(), true) for run in (peer, ours)]

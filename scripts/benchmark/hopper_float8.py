@@ -6,18 +6,18 @@ float64 on the rounded operands. Reached by ``python scripts/bench.py --hopper``
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from multiprocessing import get_context
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from attnfuse.kernels import lookup
-from benchmark.hopper import Case, Row, _captures, _error, _spec, _times, _true
+from benchmark.ahead import Prepare
+from benchmark.hopper import Case, Row, _captures, _error, _spec, _times, _true, chosen
 
-__all__ = ["float8_rows"]
+__all__ = ["float8_rows", "float8_to_compile"]
 
 DTYPE = torch.float8_e4m3fn
 #: What issue 6 asks for is 900 TFLOP/s, 800 behind a causal mask; Triton's kernel had 824 and 753 of this shape.
@@ -25,12 +25,14 @@ SHAPE, TARGET, TARGET_CAUSAL = (8, 16, 8192, 128), 900 / 824, 800 / 753
 OTHERS = ((4, 16, 4096, 128), (1, 32, 16384, 128), (4, 32, 4096, 64))
 
 
-def float8_rows(only: str = "") -> list[Row]:
-    """Every case whose name, width or length contains ``only``; needs a Hopper GPU and Triton."""
-    cases = [case for case in _cases() if not only or only in f"{case.name} {case.shape}"]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        list(pool.map(_build, cases))
-    return [_measured(case) for case in cases]
+def float8_rows(only: str = "") -> Iterator[Row]:
+    """The rows of the cases that are chosen; needs a Hopper GPU and Triton."""
+    yield from map(_measured, chosen(tuple(_cases()), only))
+
+
+def float8_to_compile(only: str = "") -> dict[str, Prepare]:
+    """What is to be compiled of them."""
+    return {f"{case.name} {case.shape}": partial(_prepared, case) for case in chosen(tuple(_cases()), only)}
 
 
 def _cases() -> Iterator[Case]:
@@ -50,28 +52,30 @@ def _case(
     return Case(name, shape, spec, "triton", target, causal)
 
 
-def _build(case: Case) -> None:
-    from attnfuse.kernels.gluon.build import build  # noqa: PLC0415 - Triton is imported where it runs
-    from attnfuse.kernels.gluon.plan import sourced  # noqa: PLC0415
+def _operands(case: Case) -> list[Tensor]:
+    """Query, key, value whose columns are contiguous, and the captures."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(case.shape, device="cuda").to(DTYPE) for _ in range(3))
+    return [query, key, value.mT.contiguous().mT, *(x.abs() for x in _captures(case, "cuda"))]
 
-    operand = torch.empty(case.shape, dtype=DTYPE, device="meta")
-    tensors = (operand, operand, operand, *_captures(case, "meta"))
-    build(sourced(case.spec, tuple((x.shape, x.stride(), x.dtype) for x in tensors), (), with_lse=False)[0])
+
+def _runs(case: Case, operands: list[Tensor]) -> list[Callable[[], Tensor]]:
+    """The Triton kernel's call and ours."""
+    query, key, value, *captures = operands
+    return [partial(lookup(name).run, case.spec, query, key, value, captures, ()) for name in ("triton", "gluon")]
+
+
+def _prepared(case: Case) -> Callable[[], object]:
+    runs = _runs(case, _operands(case))
+    return lambda: [run() for run in runs]
 
 
 def _measured(case: Case) -> Row:
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(case.shape, device="cuda").to(DTYPE) for _ in range(3))
-    value = value.mT.contiguous().mT
-    captures = [x.abs() for x in _captures(case, "cuda")]
-
-    def run_by(name: str) -> Tensor:
-        return lookup(name).run(case.spec, query, key, value, captures, ())
-
+    query, key, value, *captures = operands = _operands(case)
+    runs = _runs(case, operands)
     true = _true(case, query, key, value, captures)
-    names = ("triton", "gluon")
-    errors = [_error(run_by(name)[:1, :1], true) for name in names]
-    peer_ms, ours_ms = _times([lambda: run_by("triton"), lambda: run_by("gluon")])
+    errors = [_error(run()[:1, :1], true) for run in runs]
+    peer_ms, ours_ms = _times(runs)
     peer_speed, our_speed = (case.flops / ms / 1e9 for ms in (peer_ms, ours_ms))
     case_name = f"{case.name} {case.shape}"
     ratio = peer_ms / ours_ms
