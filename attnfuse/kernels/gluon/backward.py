@@ -6,10 +6,10 @@ https://arxiv.org/abs/2407.08608); only dQ needs them in shared memory. Products
 last: dP beside the exponents, dV beside the gradients of scores, dK beside dQ's way to memory, which one more
 warp adds to it. Blocks do so in no order, so its last bits differ from run to run; dK and dV are each one block's.
 
-Which row tiles there are is the warp's to know that loads them: it tells the others of each, and whether the mask cuts
-it. Where the mask is no band, that is from lists, and what the mask reads of rows is handed on beside the tile; in tiles
-that it does not cut it is not read. A bias that is added to the scores has their gradient for its own: the tile that dQ
-is made of goes to memory too.
+Which row tiles there are is the warp's to know that loads them: it tells the others of each, and whether the mask
+cuts it. Where the mask is no band, it knows from lists, and hands on what the mask reads of rows beside the tile; in
+tiles that are not cut the mask is not read. A bias that is added to the scores has their gradient for its own: the tile
+that dQ is made of goes to memory too.
 
 Barriers are named for what they protect: ``*_full`` says that a tile has landed, ``*_empty`` that its room is free.
 """

@@ -115,7 +115,7 @@ def backward_sourced(gradients: Gradients, meta: BackwardMeta | None = None) -> 
 def _reads(
     spec: AttentionSpec, programs: BodyPrograms, strides: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
 ) -> tuple[str, ...]:
-    """As the forward's, but for ``"one"``, what varies along neither rows nor keys; ``"key"`` is the same of all heads."""
+    """As the forward's; ``"one"`` varies along neither rows nor keys, and ``"key"`` is the same of all heads."""
     found = reads_of(spec, programs.score, strides, dtypes)
     return tuple(_within(read, captured) for read, captured in zip(found, spec.captures, strict=True))
 

@@ -143,11 +143,14 @@ CROWDED = ("causal", "documents, a bias")
 
 
 def crowded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of :data:`CROWDED`; with the gradient of its bias."""
-    if name == "causal":
-        check(case(SPECS[name], Sizes((1,), 4, 1, 200, 200, 64, 64), torch.bfloat16))
-    else:
-        check(listed(name, monkeypatch), 5)
+    """One of :data:`CROWDED`, with the gradient of its bias; or of one key, whose terms cancel."""
+    match name:
+        case "one key":
+            check(case(SPECS["scaled"], Sizes((1,), 2, 1, 130, 1, 64, 64), torch.bfloat16))
+        case "causal":
+            check(case(SPECS[name], Sizes((1,), 4, 1, 200, 200, 64, 64), torch.bfloat16))
+        case _:
+            check(listed(name, monkeypatch), 5)
 
 
 @pytest.mark.parametrize("name", CROWDED)
@@ -222,6 +225,9 @@ BROKEN = {
     "halves of weights confused": Broken((), ERROR, (
         ("(p_second, grads.slice(BM // 2, BM // 2, 0)", "(p_second, grads.slice(0, BM // 2, 0)"),
     )),
+    "a thousandth of delta lost": Broken((), ERROR, (
+        ("dx = p * (dp - gl.expand_dims(delta, 0))", "dx = p * (dp - gl.expand_dims(delta, 0) * 0.999)"),
+    ), on="one key"),
     "dQ in another order": Broken((), ERROR, (("[4, 1, 0, 3, 2, 6, 5, 7]", "[4, 1, 0, 3, 2, 5, 6, 7]"),)),
 }  # fmt: skip
 
