@@ -228,22 +228,52 @@ def conditioning(given: Case) -> float:
     return finite.amax().item() if finite.numel() else 0.0
 
 
+def cancelling(given: Case, grad_out: Tensor) -> list[Tensor]:
+    """By operand that is a float, how large the terms are that cancel in each number of its gradient; in float64.
+
+    A logit's gradient is ``p * (dp - delta)``, two sums of products of the output's gradient, by value and by output.
+    They are float32's, and alike where a row has one key: what is left is their roundings, times key or query.
+    """
+    sizes = [x.new_zeros((), dtype=torch.float64) for x in given.operands if x.is_floating_point()]
+    wide, heads = given.to(torch.float64), given.query.shape[-3]
+    if given.spec.normaliser != "softmax" or given.spec.weight != P:
+        return sizes
+    scope = Scope.whole(wide.query, wide.key, wide.captures, ())
+    key, value = (repeat_heads(x, heads) for x in (wide.key, wide.value))
+    score = (wide.query @ key.mT).requires_grad_()
+    logit = evaluate(wide.spec.score, replace(scope, score=score)).expand(score.shape)
+    (slope,) = torch.autograd.grad(logit.sum(), score)
+    out, lse = attention(wide.spec, wide.query, wide.key, wide.value, wide.captures)
+    weight = torch.exp(logit.detach() - lse[..., None]).nan_to_num()
+    grad = grad_out.double().abs()
+    terms = weight * slope.abs() * (grad @ value.abs().mT + (grad * out.abs()).sum(-1, keepdim=True)).nan_to_num()
+    of_key = (terms.mT @ wide.query.abs()).unflatten(-3, (given.key.shape[-3], -1)).sum(-3)
+    return [terms @ key.abs(), of_key, *sizes[2:]]
+
+
 def assert_as_exact(
-    found: Sequence[Tensor], source: Sequence[Tensor], truth: Sequence[Tensor], roundings: float = 4.0
+    found: Sequence[Tensor],
+    source: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    roundings: float = 4.0,
+    cancelled: Sequence[Tensor] | None = None,
 ) -> None:
     """NaN at the same positions; errors against ``truth`` at most twice those of ``source``, plus ``roundings``.
 
     Behind float64 there is no more exact type: truth has rounding errors of its own, of sums over the keys, which
-    count as 64 ``roundings`` more.
+    count as 64 ``roundings`` more. Where terms as large as ``cancelled`` cancel, so many roundings of float32 are left:
+    of sums of 128 products, which tensor cores add in steps of 16.
     """
-    for mine, theirs, true in zip(found, source, truth, strict=True):
+    cancelled = cancelled or [torch.zeros((), dtype=torch.float64)] * len(found)
+    for mine, theirs, true, terms in zip(found, source, truth, cancelled, strict=True):
         assert mine.shape == true.shape
-        assert torch.equal(mine.isnan(), true.isnan())
+        assert torch.equal(mine.isnan(), true.isnan()), "NaN at other positions"
         size = true.nan_to_num().abs().amax().item() if true.numel() else 0.0
         floor = (roundings + 64.0 * (mine.dtype == torch.float64)) * torch.finfo(mine.dtype).eps * size
         errors = [(x.double() - true).nan_to_num().abs() for x in (mine, theirs)]
         for measure in (torch.mean, torch.amax):
-            ours, limit = (measure(e).item() if e.numel() else 0.0 for e in errors)
-            assert ours <= 2 * limit + floor, (
-                f"{measure.__name__} error {ours:.3g}, source {limit:.3g}, floor {floor:.3g}"
+            ours, limit, left = (measure(e).item() if e.numel() else 0.0 for e in (*errors, terms))
+            least = floor + roundings * torch.finfo(torch.float32).eps * left
+            assert ours <= 2 * limit + least, (
+                f"{measure.__name__} error {ours:.3g}, source {limit:.3g}, floor {least:.3g}"
             )

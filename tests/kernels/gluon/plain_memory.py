@@ -1,9 +1,8 @@
-"""Memory, barriers and copies of :mod:`tests.kernels.gluon.plain`: what a partition sees of the others."""
+"""Memory of :mod:`tests.kernels.gluon.plain`: tensors, pointers, descriptors and rooms of shared memory."""
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,16 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "CHANGED", "FAILURES", "Barrier", "Block", "Descriptor", "Pointer", "Room", "allocate", "block", "init", "read",
-    "wait", "write",
-]  # fmt: skip
+from tests.kernels.gluon.plain_turns import HERE
 
-#: Seconds after which a thread waits for a phase that never comes.
-PATIENCE = 60.0
-CHANGED = threading.Condition()
-#: Of the partitions that run: when one fails, the others stop waiting for it.
-FAILURES: list[BaseException] = []
+__all__ = ["Block", "Descriptor", "Pointer", "Room", "block", "fence", "nobody_wrote", "unfenced"]
 
 
 class Block(Tensor):
@@ -32,9 +24,9 @@ class Block(Tensor):
         """What the body derives layouts from."""
         return SimpleNamespace(layout=None)
 
-    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Any:  # type: ignore[override]
+    def to(self, dtype: Any, bitcast: bool = False) -> Any:  # type: ignore[override]
         """Converted; bits that :class:`Carried` kept are of the type already."""
-        return self if bitcast else Tensor.to(self, dtype)
+        return self if bitcast else Tensor.to(self, dtype.of if isinstance(dtype, Element) else dtype)
 
 
 def block(tensor: Tensor | float) -> Any:
@@ -42,7 +34,23 @@ def block(tensor: Tensor | float) -> Any:
     return torch.as_tensor(tensor).as_subclass(Block)
 
 
-# --- memory -----------------------------------------------------------------------------------------
+# --- global memory ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Element:
+    """The type of what a pointer points to."""
+
+    of: torch.dtype
+
+    def is_floating(self) -> bool:
+        return self.of.is_floating_point
+
+    def __eq__(self, other: object) -> bool:
+        return self.of == (other.of if isinstance(other, Element) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.of)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,10 @@ class Pointer:
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.memory, self.offset + offset)
+
+    @property
+    def dtype(self) -> Any:
+        return SimpleNamespace(element_ty=Element(self.memory.dtype))
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,9 @@ class Descriptor:
         return part, tuple(slice(0, size) for size in part.shape)
 
 
+# --- shared memory ----------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Room:
     """Shared memory: a view of what was allocated."""
@@ -96,6 +111,10 @@ class Room:
     @property
     def shape(self) -> list[int]:
         return list(self.view.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.view.dtype
 
     def index(self, place: Any) -> Any:
         found = self.view[int(place)]
@@ -107,6 +126,9 @@ class Room:
     def permute(self, order: Sequence[int]) -> Room:
         return Room(self.view.permute(order))
 
+    def slice(self, start: int, length: int, dim: int) -> Room:
+        return Room(self.view.narrow(dim, start, length))
+
     def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Room:
         return Room(self.view.view(-1).view(dtype).view(shape))
 
@@ -114,56 +136,25 @@ class Room:
         return block(self.view.clone())
 
     def store(self, value: Tensor) -> None:
+        assert list(value.shape) == self.shape, "a tile of another shape than its room"
         self.view.copy_(value)
+        HERE.stored.add(_place(self))
 
 
-def allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Room:
-    if layout == "barriers":
-        return Room([[Barrier()] for _ in range(shape[0])])
-    # what nobody wrote is no number
-    made = torch.zeros(list(shape), dtype=dtype)
-    return Room(made.view(torch.uint8).fill_(0xFF).view(dtype))
+def nobody_wrote(view: Tensor) -> None:
+    """Makes shared memory what nobody wrote: no number."""
+    view.view(torch.uint8).fill_(0xFF)
 
 
-# --- barriers and copies ----------------------------------------------------------------------------
+def _place(room: Room) -> int:
+    return int(room.view.untyped_storage().data_ptr())
 
 
-@dataclass(eq=False)
-class Barrier:
-    """Complete when so many have arrived and all bytes have landed; then the next phase begins."""
-
-    count: int = 0
-    missing: int = 0
-    landing: int = 0
-    phase: int = 0
-
-    def moved(self, arrivals: int, landing: int) -> None:
-        with CHANGED:
-            self.missing -= arrivals
-            self.landing += landing
-            assert self.missing >= 0, "more arrivals than a phase has"
-            if self.missing == 0 and self.landing == 0:
-                self.phase, self.missing = self.phase + 1, self.count
-            CHANGED.notify_all()
+def fence() -> None:
+    """Shows the copy engine and tensor cores what this partition stored."""
+    HERE.stored.clear()
 
 
-def init(bar: Barrier, count: int) -> None:
-    bar.count = bar.missing = count
-
-
-def wait(bar: Barrier, parity: Any) -> None:
-    with CHANGED:
-        assert CHANGED.wait_for(lambda: FAILURES or bar.phase % 2 != int(parity), PATIENCE), "a phase never comes"
-        assert not FAILURES, "another partition failed"
-
-
-def read(desc: Descriptor, at: Sequence[Any], bar: Barrier, room: Room) -> None:
-    part, where = desc.window(at)
-    room.view.view(torch.uint8).zero_()
-    room.view[where].copy_(part)
-    bar.moved(0, -desc.block_type.nbytes)
-
-
-def write(desc: Descriptor, at: Sequence[Any], room: Room) -> None:
-    part, where = desc.window(at)
-    part.copy_(room.view[where])
+def unfenced(room: Room) -> bool:
+    """Whether this partition stored something there that copies and products need not see yet."""
+    return _place(room) in HERE.stored

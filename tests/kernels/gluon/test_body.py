@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
 
 from attnfuse.kernels import lookup
-from attnfuse.kernels.gluon import launch, plan
+from attnfuse.kernels.gluon import forward, launch, plan
 from attnfuse.kernels.gluon.build import _SIZES, Programs, Source, _signature
-from attnfuse.kernels.gluon.forward import attention_forward
 from attnfuse.kernels.gluon.meta import Meta
 from attnfuse.reference import attention as reference
 from attnfuse.spec import AttentionSpec
 from tests.kernels.cases import SPECS as ANY
 from tests.kernels.cases import Case, Sizes, assert_as_exact, case, exact, written_out
 from tests.kernels.gluon import plain
+from tests.kernels.gluon.plain_launch import DRIVER, arguments, function, pointer
 from tests.kernels.gluon.test_gpu_float8 import SPECS, of
 
-NAMES = attention_forward.arg_names
+NAMES = forward.attention_forward.arg_names
 #: Two multiprocessors, so that blocks have several items.
 PROCESSORS = 2
 
@@ -39,51 +36,29 @@ class Body:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def run(*given: Any, stream: int) -> None:
             gl = plain.language(grid[0])
-            arguments = {**dict(zip(NAMES, given, strict=False)), "programs": programs(self.source, gl)}
-            arguments["meta"] = self.source.meta
-            for name, kind in _signature(self.source).items():
-                if name.endswith("_desc") and kind != "constexpr":
-                    arguments[name] = described(arguments[name], kind)
-            for name in _SIZES:
-                arguments[name] = plain.block(arguments[name])
-            for name in ("lse", "counter"):
-                arguments[name] = plain.Pointer(arguments[name].view(-1))
-            arguments["captures"] = tuple(plain.Pointer(flat(x)) for x in arguments["captures"])
-            plain.launch(plain.body(gl), grid[0], *(arguments[name] for name in NAMES))
+            named = dict(zip(NAMES, given, strict=False))
+            found = arguments(named, _signature(self.source), _SIZES)
+            found |= {name: pointer(named[name]) for name in ("lse", "counter")}
+            found |= {"programs": programs(self.source, gl), "meta": self.source.meta}
+            body = plain.spoken(forward, gl)["attention_forward"]
+            plain.launch(body, grid[0], *(found[name] for name in NAMES))
 
         return run
 
 
-def described(given: Any, kind: str) -> plain.Descriptor:
-    tile = re.search(r"\[([\d, ]+)\]", kind)
-    assert tile is not None
-    memory = torch.as_strided(given.base, given.shape, given.strides)
-    return plain.Descriptor(memory, tuple(map(int, tile.group(1).split(","))))
-
-
-def flat(tensor: Tensor) -> Tensor:
-    return torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
-
-
 def programs(source: Source, gl: Any) -> Programs:
-    def made(text: str | None) -> Any:
-        names: dict[str, Any] = {"jit": lambda function: function, "tl": gl}
-        exec(text or "program = None", names)
-        return names["program"]
-
+    made = function(gl)
     texts = (source.score, source.bare, source.sink, source.factor)
     return Programs(*map(made, texts), source.reads, source.bare_reads, tuple(map(made, source.loaders)))
 
 
 @pytest.fixture(autouse=True)
 def in_plain_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    active = SimpleNamespace(get_current_stream=lambda device: 0)
     monkeypatch.setattr(plan, "build", Body)
     monkeypatch.setattr(plan, "_PLANS", {})
     monkeypatch.setattr(plan, "_processors", lambda device: PROCESSORS)
     monkeypatch.setattr(launch, "_counter", lambda device, stream: torch.zeros(1, dtype=torch.int32))
-    driver = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
-    monkeypatch.setattr(launch, "triton", driver)
+    monkeypatch.setattr(launch, "triton", DRIVER)
 
 
 def float8(given: Case, dtype: torch.dtype = torch.float8_e4m3fn, minor: str = "n") -> Case:

@@ -77,20 +77,20 @@ def sizes_of(chosen: random.Random, widths: tuple[int, int]) -> Sizes:
     return Sizes((chosen.choice((1, 2, 3)),), kv_heads * group, kv_heads, rows, keys, *widths)
 
 
-def drawn(given: AttentionSpec, sizes: Sizes, dtype: torch.dtype, seed: int) -> Case:
-    """Random operands on the GPU; masks of blocks, documents of many lengths."""
+def drawn(given: AttentionSpec, sizes: Sizes, dtype: torch.dtype, seed: int, device: str = "cuda") -> Case:
+    """Random operands on the device; masks of blocks, documents of many lengths."""
     torch.manual_seed(seed)
 
     def operand(heads: int, length: int, width: int) -> Tensor:
         shape = (*sizes.batch, length, heads, width) if seed % 2 else (*sizes.batch, heads, length, width)
-        made = torch.randn(shape, device="cuda", dtype=dtype)
+        made = torch.randn(shape, device=device, dtype=dtype)
         return made.transpose(1, 2) if seed % 2 else made
 
     extent = dict(zip(given.axes, (*sizes.batch, sizes.heads, sizes.rows, sizes.keys), strict=True))
     captures = []
     for each in given.captures:
         shape = [extent[axis] if axis in each.axes else 1 for axis in given.axes]
-        captures.append(captured(shape, each.dtype))
+        captures.append(captured(shape, each.dtype, device))
     key, value = (
         operand(sizes.kv_heads, sizes.keys, sizes.width),
         operand(sizes.kv_heads, sizes.keys, sizes.value_width),
@@ -98,18 +98,18 @@ def drawn(given: AttentionSpec, sizes: Sizes, dtype: torch.dtype, seed: int) -> 
     return Case(given, operand(sizes.heads, sizes.rows, sizes.width), key, value, tuple(captures))
 
 
-def captured(shape: list[int], dtype: str) -> Tensor:
+def captured(shape: list[int], dtype: str, device: str) -> Tensor:
     """Documents count up along their axis; a mask keeps two blocks of 100 in three, and most scores elsewhere not."""
     if dtype.startswith("int"):
-        starts = torch.rand(shape, device="cuda") < 0.005
+        starts = torch.rand(shape, device=device) < 0.005
         return starts.flatten(1).cumsum(1).view(shape).to(getattr(torch, dtype))
     if dtype == "bool":
-        coarse = torch.rand([-(-size // 100) if size > 3 else size for size in shape], device="cuda") < 0.66
+        coarse = torch.rand([-(-size // 100) if size > 3 else size for size in shape], device=device) < 0.66
         for axis, size in enumerate(shape):
             if size > 3:
                 coarse = coarse.repeat_interleave(100, axis).narrow(axis, 0, size)
-        return coarse | (torch.rand(shape, device="cuda") < 0.0005)
-    return torch.randn(shape, device="cuda").to(getattr(torch, dtype))
+        return coarse | (torch.rand(shape, device=device) < 0.0005)
+    return torch.randn(shape, device=device).to(getattr(torch, dtype))
 
 
 @pytest.mark.parametrize("seed", range(PROGRAMS))
