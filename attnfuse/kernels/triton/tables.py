@@ -69,6 +69,12 @@ _CDNA_KEYS_OUTSIDE = (
     (64, Schedule("keys outside", rows=64, keys=128, warps=4, stages=1).with_knobs(matrix_instr_nonkdim=16)),
     (128, Schedule("keys outside", rows=64, keys=64, warps=4, stages=1).with_knobs(matrix_instr_nonkdim=16)),
 )
+#: Waves of 32 lanes, 256 registers at most: the largest tiles that nothing spills of, but for heads beyond 256.
+_RDNA = (
+    (64, Schedule(rows=128, keys=64, warps=8, stages=1)),
+    (128, Schedule(rows=64, keys=16, warps=4, stages=1)),
+    (512, Schedule(rows=32, keys=16, warps=8, stages=1)),
+)
 _PONTE_VECCHIO = (
     (64, Schedule(rows=128, keys=64, loading="descriptor", warps=16, stages=3).with_knobs(grf_mode="256")),
     (128, Schedule(rows=128, keys=64, loading="descriptor", warps=16, stages=3).with_knobs(grf_mode="256")),
@@ -81,6 +87,7 @@ _TABLES = (
     ("cuda:sm10", _BLACKWELL),
     ("cuda:sm9", _HOPPER),
     ("cuda", _AMPERE),
+    ("rocm:gfx1", _RDNA),
     ("rocm", _CDNA),
     ("xpu", _PONTE_VECCHIO),
 )
@@ -99,11 +106,11 @@ def schedule_for(target: Target, shape: Shape) -> Schedule:
 
 
 def keys_outside_for(target: Target, shape: Shape) -> Schedule | None:
-    """Keys outside where that is worth a try: on AMD, whose last cache of 256 MB may hold what is read and written.
+    """Keys outside where that is worth a try: on CDNA, whose last cache of 256 MB may hold what is read and written.
 
     None elsewhere (NOTES.md says why), for a few rows, whose keys are split, and for elements of other than two bytes.
     """
-    if target.kind != "rocm" or shape.rows <= 64 or shape.itemsize != 2 or shape.narrow:
+    if not str(target).startswith("rocm:gfx9") or shape.rows <= 64 or shape.itemsize != 2 or shape.narrow:
         return None
     found = next((schedule for widest, schedule in _CDNA_KEYS_OUTSIDE if shape.widest <= widest), None)
     return replace(found, order="longest first") if found is not None and shape.banded else found

@@ -31,6 +31,7 @@ TARGETS = {
     "cuda:sm100": GPUTarget("cuda", 100, 32),
     "rocm:gfx942": GPUTarget("hip", "gfx942", 64),
     "rocm:gfx950": GPUTarget("hip", "gfx950", 64),
+    "rocm:gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
 
 

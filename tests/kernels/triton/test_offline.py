@@ -21,6 +21,7 @@ INSTRUCTION = {
     "cuda:sm100": ("ptx", r"tcgen05\.mma"),
     "rocm:gfx942": ("amdgcn", r"v_mfma_f32_\d+x\d+x\d+_bf16"),
     "rocm:gfx950": ("amdgcn", r"v_mfma_f32_\d+x\d+x\d+_bf16"),
+    "rocm:gfx1100": ("amdgcn", r"v_wmma_f32_16x16x16_bf16"),
 }
 #: Bytes of shared memory that a program may have.
 SHARED = {
@@ -29,6 +30,7 @@ SHARED = {
     "cuda:sm100": 232_448,
     "rocm:gfx942": 65_536,
     "rocm:gfx950": 163_840,
+    "rocm:gfx1100": 65_536,
 }
 FULL = Sizes(1, 8, 2, 1024, 1024, 128, 128)
 
@@ -45,6 +47,18 @@ def test_shipped_schedules_use_matrix_units_and_do_not_spill(target: str) -> Non
     for found in (plain, causal):
         assert found.resources()["spills"] == 0
         assert found.shared <= SHARED[target]
+
+
+@pytest.mark.parametrize(("width", "rows", "keys", "waves"), [(64, 128, 64, 8), (128, 64, 16, 4), (256, 32, 16, 8)])
+def test_consumer_cards_multiply_by_wmma(width: int, rows: int, keys: int, waves: int) -> None:
+    """Two products of tiles of 16, shared by the waves; where rows are fewer than 16 a wave, waves share columns."""
+    found = compiled("rocm:gfx1100", SPECS["scaled"], Sizes(1, 8, 2, 1024, 1024, width, width))
+    down = min(waves, rows // 16)
+    across = waves // down
+    first = (rows // 16 // down) * max(keys // 16 // across, 1) * (width // 16)
+    second = (rows // 16 // down) * (width // 16 // across) * (keys // 16)
+    assert products(found, "rocm:gfx1100") == first + second
+    assert found.resources()["spills"] == 0
 
 
 def test_hopper_multiplies_by_wgmma_and_loads_by_descriptor() -> None:
