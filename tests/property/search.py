@@ -1,7 +1,7 @@
 """The search that a night is for: random programs and near misses, each traced, rewritten, and held to float64.
 
-Programs are traced straight to ATen, without Dynamo or export, so that one costs a tenth of a second; the doors
-have tests of their own.
+Programs are recorded as ATen graphs, without Dynamo or export, so that one costs some hundredths of a second; the
+doors have tests of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from hypothesis import Phase, given, reject, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnfuse import fuse_graph
 from attnfuse.report import Report
@@ -22,6 +21,7 @@ from tests.property.misses import changed, ways
 from tests.property.spell import Spelled, spell
 from tests.property.strategies import recipes, sizes, spellings
 from tests.support.compare import assert_as_good
+from tests.support.record import recorded
 
 __all__ = ["Tally", "near_misses", "programs"]
 
@@ -114,8 +114,7 @@ def _answer(spelled: Spelled, args: tuple[Tensor, ...]) -> Tensor:
 
 
 def _rewritten(spelled: Spelled, args: tuple[Tensor, ...], tally: Tally) -> Tensor:
-    with torch.no_grad():
-        graph = make_fx(spelled.module, tracing_mode="fake", pre_dispatch=True)(*_copies(args))
+    graph = recorded(spelled.module, _copies(args))
     report = fuse_graph(graph, profit=False).meta["attnfuse_report"]
     tally.note(report)
     return graph(*_copies(args))

@@ -6,10 +6,16 @@ import ast
 from collections.abc import Callable
 
 import pytest
-from hypothesis import settings
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.property import search
 from tests.property.misses import changed, ways
+from tests.property.spell import spell
+from tests.property.strategies import recipes, sizes, spellings
+from tests.support.record import recorded
 
 #: How many one test tries: a failing test names its seed, and repeats in minutes.
 CHUNK = 200
@@ -42,6 +48,21 @@ def test_near_misses(number: int, first_seed: int, record_property: Callable[[st
 def _numbers(tally: search.Tally) -> tuple[int, int, int]:
     assert not tally.stopped, "a rewrite was stopped by its own certificate alone: lift or simplify is wrong"
     return tally.tried, tally.fused, tally.stopped
+
+
+@given(st.data())
+@settings(max_examples=max(20, settings().max_examples // 40))
+def test_a_program_is_recorded_as_it_is_traced(data: st.DataObject) -> None:
+    recipe = data.draw(recipes(sizes()))
+    spelled = spell(recipe, data.draw(spellings(recipe)))
+    args = spelled.arguments(recipe.inputs())
+    with torch.no_grad():
+        traced = make_fx(spelled.module, tracing_mode="fake", pre_dispatch=True)(*(x.clone() for x in args))
+    ours = recorded(spelled.module, [x.clone() for x in args])
+    for node, theirs in zip(ours.graph.nodes, traced.graph.nodes, strict=True):
+        assert node.format_node() == theirs.format_node()
+        if isinstance(value := theirs.meta.get("val"), torch.Tensor):
+            assert (node.meta["val"].shape, node.meta["val"].dtype) == (value.shape, value.dtype)
 
 
 SOURCE = """def attention(q, k, v):
