@@ -16,7 +16,7 @@ from torch._dispatch.python import enable_python_dispatcher, no_python_dispatche
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.fx.node import map_aggregate
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["recorded"]
@@ -31,7 +31,7 @@ def recorded(program: Callable[..., Any], args: Sequence[Tensor]) -> GraphModule
         recorder.note(recorder.graph.placeholder(f"arg{at}_1"), arg)
     with torch.no_grad(), enable_python_dispatcher(), recorder:
         result = program(*args)
-    recorder.graph.output(tree_map(recorder.node_of, result))
+    recorder.graph.output(map_aggregate(result, recorder.node_of))
     return GraphModule(recorder.constants, recorder.graph)
 
 
@@ -73,7 +73,7 @@ class _Recorder(ProxyTorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _LIFT:
             func = _COPIED
-        given = tree_map(self.node_of, (args, kwargs or {}))
+        given = map_aggregate((args, kwargs or {}), self.node_of)
         name = self.graph._target_to_str(func.overloadpacket.__name__)
         node = self.graph.create_node("call_function", func, *given, name=name)
         # which would decompose in Python what torch computes at once
