@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ast
 import math
+import operator
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -88,10 +89,12 @@ class Const:
 
     # 1, 1.0 and True are three different literals, and nan is itself.
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Const) and repr(self.value) == repr(other.value)
+        if not isinstance(other, Const) or type(self.value) is not type(other.value):
+            return False
+        return self.value is other.value or repr(self.value) == repr(other.value)
 
     def __hash__(self) -> int:
-        return hash(repr(self.value))
+        return hash(self.value) if self.value == self.value else 0
 
 
 @dataclass(frozen=True)
@@ -166,12 +169,13 @@ def walk(expr: Expr) -> Iterator[Expr]:
 
 def rewrite(expr: Expr, rule: Callable[[Expr], Expr], settled: AbstractSet[Expr] = frozenset()) -> Expr:
     """``expr`` with ``rule`` applied to every part once, innermost first, but for what is ``settled``."""
+    if not isinstance(expr, Apply):
+        return rule(expr)
     if expr in settled:
         return expr
-    if isinstance(expr, Apply):
-        args = tuple(rewrite(arg, rule, settled) for arg in expr.args)
-        if any(new is not old for new, old in zip(args, expr.args, strict=True)):
-            expr = Apply(expr.op, args)
+    args = tuple([rewrite(arg, rule, settled) for arg in expr.args])
+    if any(map(operator.is_not, args, expr.args)):
+        expr = Apply(expr.op, args)
     return rule(expr)
 
 

@@ -8,12 +8,14 @@ The one stated exception is that a masked score contributes nothing even where i
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 from attnfuse.algebra.kinds import Kind, Kinds, Rule, kind, reads_score
 from attnfuse.algebra.masks import MASK_RULES
 from attnfuse.algebra.numbers import NUMBER_RULES, named_softcap
 from attnfuse.algebra.ranges import Bounds, bounds_of
 from attnfuse.algebra.weights import WEIGHT_RULES
-from attnfuse.score import Expr, rewrite
+from attnfuse.score import Apply, Expr, rewrite
 
 __all__ = [
     "RULES", "WEIGHT_RULES", "Bounds", "Kind", "Kinds", "Rule", "bounds_of", "kind", "normalise", "reads_score",
@@ -34,18 +36,29 @@ def normalise(expr: Expr, kinds: Kinds, also: tuple[Rule, ...] = (), settled: se
     part that it rewrites, so that a program which grows step by step is rewritten in its new parts alone.
     """
     rules, known = (*RULES, *also), set() if settled is None else settled
+
+    def step(part: Expr) -> Expr:
+        found = _first(part, kinds, rules)
+        if found is part and isinstance(part, Apply) and _is_settled(part, known):
+            known.add(part)
+        return found
+
     for _ in range(_PATIENCE):
-        after = rewrite(expr, lambda part: _first(part, kinds, rules), known)
+        after = rewrite(expr, step, known)
         if after == expr:
             break
         expr = after
-    named = rewrite(expr, named_softcap, known)
-    if named == expr:
-        known.add(expr)
-    return named
+    return rewrite(expr, named_softcap, known)
+
+
+def _is_settled(expr: Apply, known: AbstractSet[Expr]) -> bool:
+    """Whether nothing changes a program that no rule changes at its top: all its parts are ``known``."""
+    return named_softcap(expr) is expr and all(arg in known for arg in expr.args if isinstance(arg, Apply))
 
 
 def _first(expr: Expr, kinds: Kinds, rules: tuple[Rule, ...]) -> Expr:
+    if not isinstance(expr, Apply):
+        return expr
     for rule in rules:
         found = rule(expr, kinds)
         if found is not None and found != expr:

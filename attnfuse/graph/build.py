@@ -50,11 +50,15 @@ class Builder:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """A call of ``target``, its value computed on the fake values of its arguments."""
-        with self._inserting():
-            node = self._graph.create_node("call_function", target, args, kwargs, name=_name(target))
         values = map_arg((args, kwargs), lambda arg: self._given.get(arg, facts.value(arg)))
         with self._mode or nullcontext():
-            node.meta[self._meta] = target(*values[0], **values[1])
+            value = target(*values[0], **values[1])
+        return self._called(target, args, kwargs, value)
+
+    def _called(self, target: Callable[..., Any], args: Any, kwargs: Any, value: Any) -> Node:
+        with self._inserting():
+            node = self._graph.create_node("call_function", target, args, kwargs, name=_name(target))
+        node.meta[self._meta] = value
         if self._like is not None:
             copied = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
             node.meta.update({key: self._like.meta[key] for key in copied if key in self._like.meta})
@@ -68,10 +72,15 @@ class Builder:
         """A copy of a traced module's nodes, its placeholders replaced by ``inputs``; the node of its one result."""
         names = [node for node in module.graph.nodes if node.op == "placeholder"]
         copies: dict[Node, Any] = dict(zip(names, inputs, strict=True))
+        # of the same values the same is computed
+        known = all(facts.value(name) is facts.value(node) for name, node in zip(names, inputs, strict=True))
         for node in module.graph.nodes:
             if node.op == "call_function" and node.users:
                 args, kwargs = map_arg((node.args, node.kwargs), copies.__getitem__)
-                copies[node] = self.call(node.target, *args, **kwargs)
+                if known:
+                    copies[node] = self._called(node.target, args, kwargs, facts.value(node))
+                else:
+                    copies[node] = self.call(node.target, *args, **kwargs)
             elif node.op == "get_attr":
                 copies[node] = self._attribute(module, str(node.target))
         result: Any = module.graph.output_node().args[0]

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from attnfuse.passes.certify.check import Effort, Replay, certify
-from attnfuse.passes.certify.errors import Errors, compare
+from attnfuse.passes.certify.errors import Errors, compare, excused
 
-__all__ = ["Effort", "Errors", "Replay", "certify", "compare"]
+__all__ = ["Effort", "Errors", "Replay", "certify", "compare", "excused"]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Literal
+from functools import partial
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from attnfuse.errors import Refused
-from attnfuse.graph.double import nudged, run_in_double, widened
+from attnfuse.graph.double import nudged, otherwise_rounded, run_in_double, widened
 from attnfuse.graph.text import shape_of
 from attnfuse.passes.certify.errors import Errors, compare
 from attnfuse.passes.certify.inputs import GRADIENT_FREE, TRIALS, Mask, Trial, draw
@@ -31,9 +31,6 @@ Effort = Literal["full", "quick", "off"]
 _MOST_SCORES: dict[Effort, int] = {"full": 2**24, "quick": 2**18}
 
 _SEED = 0
-
-#: Roundings of the inputs that are tried before anything is called wrong: which way a choice tips is chance.
-_NUDGES = 8
 
 
 @dataclass(frozen=True)
@@ -187,9 +184,8 @@ def _try(name: str, trial: Trial, pair: _Pair) -> Errors:
         warnings.simplefilter("ignore")
         expected = _expected(pair, values, needs)
         found = _observed(pair.fused, values[: pair.shared], needs[: pair.shared])
-        exactly = partial(_observed, partial(_in_double, pair.source), needs=needs)
-        exact = exactly([widened(value) for value in values])
-        moved = [cache(lambda seed=seed: exactly(_nudged(pair, values, seed))) for seed in range(_NUDGES)]
+        exact = _exactly(pair, [widened(value) for value in values], needs)
+        moved = otherwise_rounded(lambda random: _exactly(pair, _nudged(pair, values, random), needs, random))
     differentiated = (node for node, need in zip(pair.standing, needs, strict=True) if need)
     names = ["the result", *(f"the gradient of {node.name}" for node in differentiated)]
     errors = [
@@ -206,9 +202,8 @@ def _try(name: str, trial: Trial, pair: _Pair) -> Errors:
     return errors[0]
 
 
-def _nudged(pair: _Pair, values: Sequence[Tensor | int], seed: int) -> list[Tensor | int]:
+def _nudged(pair: _Pair, values: Sequence[Tensor | int], random: torch.Generator) -> list[Tensor | int]:
     """The inputs one rounding away, in float64; but for masks, whose fills are exact and far too big to be moved."""
-    random = torch.Generator().manual_seed(seed)
     return [
         widened(value) if node in pair.masks else nudged(value, random)
         for node, value in zip(pair.standing, values, strict=True)
@@ -226,9 +221,11 @@ def _nth(results: Callable[[], list[Tensor]], at: int) -> Tensor:
     return results()[at]
 
 
-def _in_double(source: GraphModule, *values: Tensor | int) -> Tensor:
-    out: Tensor = run_in_double(source, values)
-    return out
+def _exactly(
+    pair: _Pair, values: Sequence[Tensor | int], needs: Sequence[bool], random: torch.Generator | None = None
+) -> list[Tensor]:
+    """What the source gives in float64; with ``random``, rounded after each step by chance."""
+    return _observed(lambda *given: cast("Tensor", run_in_double(pair.source, given, random)), values, needs)
 
 
 def _observed(run: Callable[..., Tensor], values: Sequence[Tensor | int], needs: Sequence[bool]) -> list[Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import EllipsisType
 
 import torch
 from hypothesis import strategies as st
@@ -13,8 +15,9 @@ from attnfuse import reference
 from attnfuse.graph import double
 from tests.property.recipe import FINFO_MIN, Inputs, Recipe
 from tests.property.spell import Spelled
+from tests.support.record import recorded
 
-__all__ = ["DATA", "Data", "exact_result", "inputs_of", "nudged", "representable"]
+__all__ = ["DATA", "Data", "exact_result", "inputs_of", "nudged", "otherwise_rounded", "representable"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,21 @@ def exact_result(spelled: Spelled, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return spelled.leave(out), spelled.leave(empty)
 
 
-def nudged(inputs: Inputs) -> Inputs:
+def nudged(inputs: Inputs, random: torch.Generator) -> Inputs:
     """The inputs in float64, each element moved by one rounding."""
-    move = partial(double.nudged, random=torch.Generator().manual_seed(0))
+    move = partial(double.nudged, random=random)
     captures = {name: move(x) for name, x in inputs.captures.items()}
     return Inputs(move(inputs.query), move(inputs.key), move(inputs.value), captures)
+
+
+def otherwise_rounded(
+    spelled: Spelled, args: Sequence[Tensor], rows: Tensor | EllipsisType = ...
+) -> list[Callable[[], Tensor]]:
+    """What a program gives in ``rows`` where its inputs and steps are rounded otherwise; computed when asked for."""
+
+    def run(random: torch.Generator) -> Tensor:
+        graph = recorded(spelled.module, [x.clone() for x in args])
+        out: Tensor = double.run_in_double(graph, [double.nudged(x, random) for x in args], random)
+        return out[rows]
+
+    return double.otherwise_rounded(run)

@@ -7,7 +7,6 @@ and reports see real source lines.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import re
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -69,12 +69,11 @@ class Spelled:
 def _import(source: str) -> Callable[..., Tensor]:
     file = _FOLDER / f"spelled_{hashlib.sha256(source.encode()).hexdigest()[:12]}.py"
     file.write_text(_HEADER + source, encoding="utf-8")
-    description = importlib.util.spec_from_file_location(file.stem, file)
-    assert description is not None
-    assert description.loader is not None
-    module = importlib.util.module_from_spec(description)
+    module = ModuleType(file.stem)
+    module.__file__ = str(file)
     sys.modules[file.stem] = module
-    description.loader.exec_module(module)
+    # as an import would, but that what is used once is not written as bytecode
+    exec(compile(_HEADER + source, file, "exec"), module.__dict__)
     function: Callable[..., Tensor] = module.attention
     return function
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -37,6 +39,12 @@ _FILLS = (float("-inf"), torch.finfo(torch.float32).min, -1e9, -1e4)
 DISTINCT = Sizes(batch=(2,), heads=4, kv_heads=4, rows=5, keys=7, depth=8, value_depth=6)
 
 
+@lru_cache(maxsize=None, typed=True)
+def _among(*choices: Any) -> st.SearchStrategy[Any]:
+    """One of the choices; a new strategy is examined anew whenever it is drawn from."""
+    return st.sampled_from(choices)
+
+
 def _one_batch(part: Part) -> bool:
     """Whether a part can be spelled with two batch dimensions."""
     return part.word.endswith(("mn", "keys", "distance", "causal", "window", "padding_bool"))
@@ -45,16 +53,16 @@ def _one_batch(part: Part) -> bool:
 @st.composite
 def sizes(draw: st.DrawFn, zero: bool = False) -> Sizes:
     """Ones, primes, rows unlike keys, grouped heads; with ``zero``, sometimes an empty dimension."""
-    length = st.sampled_from([0, 1, 2, 3, 7, 11, 16, 17]) if zero else st.sampled_from([1, 2, 3, 7, 11, 16, 17])
-    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    length = _among(0, 1, 2, 3, 7, 11, 16, 17) if zero else _among(1, 2, 3, 7, 11, 16, 17)
+    kv_heads = draw(_among(1, 2, 3))
     return Sizes(
-        batch=draw(st.sampled_from([(1,), (2,), (3,), (2, 3)])),
-        heads=kv_heads * draw(st.sampled_from([1, 1, 2, 3])),
+        batch=draw(_among((1,), (2,), (3,), (2, 3))),
+        heads=kv_heads * draw(_among(1, 1, 2, 3)),
         kv_heads=kv_heads,
         rows=draw(length),
         keys=draw(length),
-        depth=draw(st.sampled_from([1, 5, 8, 16])),
-        value_depth=draw(st.sampled_from([1, 6, 8, 16])),
+        depth=draw(_among(1, 5, 8, 16)),
+        value_depth=draw(_among(1, 6, 8, 16)),
     )
 
 
@@ -65,30 +73,30 @@ def recipes(draw: st.DrawFn, shapes: st.SearchStrategy[Sizes] | None = None) -> 
     one_batch = len(shape.batch) == 1
     biases = [part for part in _BIASES if one_batch or _one_batch(part)]
     masks = [part for part in _CAPTURED_MASKS if one_batch or _one_batch(part)]
-    offsets = st.sampled_from([0, 1, -1, 3, shape.keys - shape.rows])
+    offsets = _among(0, 1, -1, 3, shape.keys - shape.rows)
     chosen = (
         draw(st.booleans()) and parts.causal(draw(offsets)),
         draw(st.booleans()) and parts.window(draw(offsets) - draw(st.integers(1, 4))),
-        draw(st.booleans()) and draw(st.sampled_from(masks)),
+        draw(st.booleans()) and draw(_among(*masks)),
     )
-    weights = draw(st.sampled_from(["softmax", *WEIGHTS]))
-    fill = draw(st.sampled_from(_FILLS if weights == "softmax" else _FILLS[:1]))
+    weights = draw(_among("softmax", *WEIGHTS))
+    fill = draw(_among(*_FILLS if weights == "softmax" else _FILLS[:1]))
     return Recipe(
         sizes=shape,
-        scale=draw(st.sampled_from([None, 0.125, 0.3, 2.0, -0.5, "temperature"])),
-        softcap=draw(st.sampled_from([None, None, 30.0, 2.5])),
-        biases=tuple(draw(st.lists(st.sampled_from(biases), max_size=1))),
+        scale=draw(_among(None, 0.125, 0.3, 2.0, -0.5, "temperature")),
+        softcap=draw(_among(None, None, 30.0, 2.5)),
+        biases=tuple(draw(st.lists(_among(*biases), max_size=1))),
         masks=tuple(part for part in chosen if part),
         fill=fill,
         added=fill != float("-inf") and draw(st.booleans()),
-        sink=weights == "softmax" and draw(st.sampled_from([False, False, True])),
+        sink=weights == "softmax" and draw(_among(False, False, True)),
         weights=weights,
     )
 
 
 def _distinct(draw: st.DrawFn) -> Sizes:
     grouped = draw(st.booleans())
-    batch = draw(st.sampled_from([(2,), (2,), (3, 2)]))
+    batch = draw(_among((2,), (2,), (3, 2)))
     return replace(DISTINCT, batch=batch, kv_heads=2 if grouped else 4)
 
 
@@ -98,8 +106,8 @@ def spellings(draw: st.DrawFn, recipe: Recipe, unread: bool = True) -> Spelling:
     chosen = Spelling()
     for axis in AXES:
         fits = [word for word in options(recipe, chosen, axis) if unread or word not in UNREAD.get(axis, ())]
-        chosen = chosen.saying(axis, draw(st.sampled_from(fits)))
-    return replace(chosen, terms=tuple(draw(st.sampled_from(term_options(recipe, chosen, part))) for part in recipe))
+        chosen = chosen.saying(axis, draw(_among(*fits)))
+    return replace(chosen, terms=tuple(draw(_among(*term_options(recipe, chosen, part))) for part in recipe))
 
 
 def sweep() -> Iterator[tuple[str, Recipe, Spelling]]:

@@ -271,7 +271,8 @@ def _mask(form: Form, query: Tensor, key: Tensor, captures: Sequence[Tensor], sy
     for part in (*form.bias, *masks):
         value = evaluate(part, scope).to(scope.dtype)
         found = value if found is None else found + value
-    return None if found is None else torch.atleast_2d(found)
+    # a constant that is added has no dimensions yet
+    return None if found is None else found.reshape(*[1] * (query.dim() - found.dim()), *found.shape)
 
 
 #: A vector register holds no more numbers. ATen's maximum of a row forgets NaN in what does not fill one.
