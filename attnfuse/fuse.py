@@ -18,6 +18,7 @@ from attnfuse.graph.flex import flex_programs
 from attnfuse.graph.state import State as GraphState
 from attnfuse.graph.text import render
 from attnfuse.graph.verify import verify
+from attnfuse.kernels import Problem
 from attnfuse.layouts import Reads, copies_for, place, rearrange, refreshed
 from attnfuse.options import Options
 from attnfuse.passes.certify import Replay, certify
@@ -229,8 +230,8 @@ def _lowered(item: Checked, state: State, reads: Reads) -> Fused:
         node=site.node.name,
         source=facts.source_line(site.softmax),
         spec=spec.to_text(),
-        what=describe(spec),
-        shape=f"q{list(problem.query.shape)} k{list(problem.key.shape)} v{list(problem.value.shape)}",
+        what=_what(problem),
+        shape=_shape(problem),
         kernel=item.plan.choice.kernel,
         seconds=item.plan.choice.seconds,
         certificate=item.certificate,
@@ -240,8 +241,24 @@ def _lowered(item: Checked, state: State, reads: Reads) -> Fused:
     )
 
 
+def _what(problem: Problem) -> str:
+    # a type that the spec names is not that of float8 values there
+    return (
+        f"{describe(replace(problem.spec, out_dtype=None))}, weights returned"
+        if problem.weights
+        else describe(problem.spec)
+    )
+
+
+def _shape(problem: Problem) -> str:
+    shape = f"q{list(problem.query.shape)} k{list(problem.key.shape)}"
+    return shape if problem.weights else f"{shape} v{list(problem.value.shape)}"
+
+
 def _notes(item: Plan, undecided: str) -> tuple[str, ...]:
     notes = [undecided] if undecided else []
+    wanted = item.attention.site.wanted
+    notes += [f"{wanted}: they are written once, the scores never"] if wanted else []
     notes += ["dropout draws from another random stream than the source"] if item.attention.spec.dropout else []
     fast = "fast numerics: fully masked rows may differ from the source"
     return (*notes, fast) if item.problem.numerics == "fast" else tuple(notes)

@@ -48,7 +48,7 @@ class Problem:
     ``autocast`` says that autocast is on, or switched on somewhere in the graph.
     ``dynamic`` says that sizes may differ from the hints at run time; ``rows_kept`` that every query
     row is *proven* to keep at least one key, so that fully masked rows cannot occur. ``source`` says what a kernel
-    competes with.
+    competes with. ``weights`` says that the weights are what is wanted: value then has no columns.
     """
 
     spec: AttentionSpec
@@ -63,6 +63,7 @@ class Problem:
     rows_kept: bool = False
     numerics: Numerics = "faithful"
     source: Source = "written"
+    weights: bool = False
 
     @property
     def training(self) -> bool:
@@ -113,7 +114,7 @@ class Problem:
 
     @property
     def plain(self) -> bool:
-        """Whether it is a softmax of scaled scores and nothing else, which Inductor turns into SDPA by itself."""
+        """Whether it is a softmax of scaled scores and nothing else."""
         form, spec = form_of(self.spec.score), self.spec
         bare = form is not None and form.softcap is None and not form.bias and not form.keep
         whole = spec.weight == P and spec.weight_dtype is None and not spec.dropout

@@ -11,19 +11,23 @@ from attnfuse.errors import Refused
 from attnfuse.graph import facts
 from attnfuse.graph.order import Order, Write, storage
 from attnfuse.passes.lift.reader import TakeAsTensor
-from attnfuse.passes.site import Site
+from attnfuse.passes.site import UNWANTED, Site
+from attnfuse.score import P
 
 __all__ = ["interior", "observed", "without_hazards"]
 
 
 def without_hazards(site: Site, order: Order) -> Site:
-    """The site with its interior. Raises :class:`Refused` where a weight is used outside, or where something that was
-    read is overwritten; :class:`TakeAsTensor` where what was read is the overwriting itself.
+    """The site with its interior; where a weight is used outside, the part of it that gives the weights.
+
+    Raises :class:`Refused` where that is no node's value, or where something that was read is overwritten;
+    :class:`TakeAsTensor` where what was read is the overwriting itself.
     """
     inside = interior(site, order)
     for node, user in _uses_outside(site, inside, order):
         if not order.before(node, site.softmax):
-            raise _escape(site, node, user, order)
+            escape = _escape(site, node, user, order)
+            return without_hazards(_weights_alone(site, escape, order), order)
     for leaf in {leaf.node for leaf in site.read()}:
         if leaf in inside:
             reason = "what is done with the scores needs all of them at once"
@@ -33,6 +37,32 @@ def without_hazards(site: Site, order: Order) -> Site:
         if write.target in inside:
             _refuse_shared_write(write, inside, order)
     return replace(site, interior=frozenset(inside))
+
+
+def _weights_alone(site: Site, escape: Refused, order: Order) -> Site:
+    """The site up to its weights, at the last node that has them and that everybody has them from.
+
+    Raises ``escape`` where there is none: what escapes is no weight, or a score's exponential, or is written in place,
+    so that others see it under another name.
+    """
+    for leaf in site.weights[::-1]:
+        found = replace(
+            site,
+            node=leaf.node,
+            place=leaf.place,
+            weight_place=leaf.place,
+            value=None,
+            weight=P,
+            dropout=0.0,
+            weight_dtype=None,
+            weights=(),
+            wanted=escape.reason,
+        )
+        uses = _uses_outside(found, interior(found, order), order)
+        shared = any(not order.before(node, site.softmax) for node, _ in uses)
+        if not shared and not facts.is_mutating(leaf.node) and not site.is_narrow:
+            return found
+    raise escape
 
 
 def observed(sites: Collection[Site], order: Order) -> dict[Node, Refused]:
@@ -81,8 +111,7 @@ def _closure(start: list[Node], step: Callable[[Node], Iterable[Node]]) -> set[N
 def _escape(site: Site, node: Node, user: Node, order: Order) -> Refused:
     what = "scores" if order.before(node, site.softmax) else "weights"
     by = "returned" if user.op == "output" else f"also used by {user.name}"
-    remedy = "do not ask for attention weights (output_attentions=False)"
-    return Refused(f"the attention {what} are {by}", node.name, facts.source_line(node), remedy)
+    return Refused(f"the attention {what} are {by}", node.name, facts.source_line(node), UNWANTED)
 
 
 def _refuse_overwritten(leaf: Node, site: Site, inside: set[Node], order: Order) -> None:
