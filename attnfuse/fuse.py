@@ -11,14 +11,12 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from attnfuse.errors import NotEquivalent, Refused
-from attnfuse.features import describe
 from attnfuse.graph import facts
 from attnfuse.graph.capture import Captured, capture
 from attnfuse.graph.flex import flex_programs
 from attnfuse.graph.state import State as GraphState
 from attnfuse.graph.text import render
 from attnfuse.graph.verify import verify
-from attnfuse.kernels import Problem
 from attnfuse.layouts import Reads, copies_for, place, rearrange, refreshed
 from attnfuse.options import Options
 from attnfuse.passes.certify import Replay, certify
@@ -230,8 +228,8 @@ def _lowered(item: Checked, state: State, reads: Reads) -> Fused:
         node=site.node.name,
         source=facts.source_line(site.softmax),
         spec=spec.to_text(),
-        what=_what(problem),
-        shape=_shape(problem),
+        what=problem.words,
+        shape=problem.shapes,
         kernel=item.plan.choice.kernel,
         seconds=item.plan.choice.seconds,
         certificate=item.certificate,
@@ -239,20 +237,6 @@ def _lowered(item: Checked, state: State, reads: Reads) -> Fused:
         layouts=dict(problem.minors),
         copies=copies_for(site.node, state.decisions),
     )
-
-
-def _what(problem: Problem) -> str:
-    # a type that the spec names is not that of float8 values there
-    return (
-        f"{describe(replace(problem.spec, out_dtype=None))}, weights returned"
-        if problem.weights
-        else describe(problem.spec)
-    )
-
-
-def _shape(problem: Problem) -> str:
-    shape = f"q{list(problem.query.shape)} k{list(problem.key.shape)}"
-    return shape if problem.weights else f"{shape} v{list(problem.value.shape)}"
 
 
 def _notes(item: Plan, undecided: str) -> tuple[str, ...]:

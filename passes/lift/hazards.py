@@ -11,7 +11,7 @@ from attnfuse.errors import Refused
 from attnfuse.graph import facts
 from attnfuse.graph.order import Order, Write, storage
 from attnfuse.passes.lift.reader import TakeAsTensor
-from attnfuse.passes.site import UNWANTED, Site
+from attnfuse.passes.site import UNWANTED, Leaf, Site
 from attnfuse.score import P
 
 __all__ = ["interior", "observed", "without_hazards"]
@@ -45,24 +45,23 @@ def _weights_alone(site: Site, escape: Refused, order: Order) -> Site:
     Raises ``escape`` where there is none: what escapes is no weight, or a score's exponential, or is written in place,
     so that others see it under another name.
     """
-    for leaf in site.weights[::-1]:
-        found = replace(
-            site,
-            node=leaf.node,
-            place=leaf.place,
-            weight_place=leaf.place,
-            value=None,
-            weight=P,
-            dropout=0.0,
-            weight_dtype=None,
-            weights=(),
-            wanted=escape.reason,
-        )
-        uses = _uses_outside(found, interior(found, order), order)
-        shared = any(not order.before(node, site.softmax) for node, _ in uses)
-        if not shared and not facts.is_mutating(leaf.node) and not site.is_narrow:
-            return found
+    found = (_upto(leaf, site, escape.reason) for leaf in site.weights[::-1] if _holds_weights(leaf, site))
+    for each in found:
+        uses = _uses_outside(each, interior(each, order), order)
+        if all(order.before(node, site.softmax) for node, _ in uses):
+            return each
     raise escape
+
+
+def _holds_weights(leaf: Leaf, site: Site) -> bool:
+    """Whether a node may be the result instead: its keys are a dimension, and it is made, not written into."""
+    keyed = any(index.axes == site.keys for index in leaf.place)
+    return keyed and not facts.is_mutating(leaf.node) and not site.is_narrow
+
+
+def _upto(leaf: Leaf, site: Site, wanted: str) -> Site:
+    alone = replace(site, value=None, weight=P, dropout=0.0, weight_dtype=None, weights=(), wanted=wanted)
+    return replace(alone, node=leaf.node, place=leaf.place, weight_place=leaf.place)
 
 
 def observed(sites: Collection[Site], order: Order) -> dict[Node, Refused]:
@@ -73,6 +72,7 @@ def observed(sites: Collection[Site], order: Order) -> dict[Node, Refused]:
     while True:
         kept = [site for site in sites if site.node not in refused]
         replaced = {node for site in kept for node in site.interior}
+        replaced |= {site.node for site in kept if site.value is None}
         found = {site.node: seen for site in kept if (seen := _observer(site, replaced, order))}
         if not found:
             return refused

@@ -194,7 +194,7 @@ def _problem(attention: Attention, operands: Operands, wishes: Wishes) -> Proble
         spec=attention.spec,
         query=_operand(query),
         key=_operand(key),
-        value=_operand(values[0]) if values else _without_columns(_operand(key)),
+        value=_operand(values[0]) if values else _operand(key).without_columns(),
         captures=tuple(map(_operand, operands.captures)),
         dynamic=not all(isinstance(size, int) for size in sizes),
         rows_kept=_rows_kept(attention, query, key),
@@ -218,10 +218,6 @@ def _rows_kept(attention: Attention, query: Node, key: Node) -> bool:
     if same_size(rows, keys):
         return rows_kept(attention.spec, 1, 1)
     return rows_kept(attention.spec, _MANY, 1)
-
-
-def _without_columns(key: Operand) -> Operand:
-    return replace(key, shape=(*key.shape[:-1], 0), requires_grad=False, minor="d")
 
 
 def _operand(node: Node) -> Operand:

@@ -12,7 +12,7 @@ from tests.kernels.cases import SPECS, spec
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from tests.kernels.triton.offline import Compiled, Sizes, compiled, compiled_backward
+from tests.kernels.triton.offline import Compiled, Sizes, compiled, compiled_backward, compiled_weights
 
 #: Of each target its matrix instruction, and the compiler's text that it stands in.
 INSTRUCTION = {
@@ -41,6 +41,16 @@ def products(found: Compiled, target: str) -> int:
 def test_shipped_schedules_use_matrix_units_and_do_not_spill(target: str) -> None:
     plain, causal = (compiled(target, SPECS[name], FULL) for name in ("scaled", "causal"))
     # one loop of two products, and for the tiles on the diagonal another
+    assert products(causal, target) == 2 * products(plain, target) > 0
+    for found in (plain, causal):
+        assert found.resources()["spills"] == 0
+        assert found.shared <= SHARED[target]
+
+
+@pytest.mark.parametrize("target", INSTRUCTION)
+def test_weights_are_computed_by_matrix_units_without_spills(target: str) -> None:
+    plain, causal = (compiled_weights(target, SPECS[name], FULL) for name in ("scaled", "causal"))
+    # two walks, and for the tiles on the diagonal two more
     assert products(causal, target) == 2 * products(plain, target) > 0
     for found in (plain, causal):
         assert found.resources()["spills"] == 0

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnfuse import fuse_graph, rewrite
+from attnfuse.candidates import problems_in
+from attnfuse.kernels import choose
 from attnfuse.report import Report
+from attnfuse.target import Target
 from tests.support.doors import as_module
 from tests.support.never_wrong import never_wrong, qkv
 
@@ -97,9 +100,15 @@ def of_heads_in_batches(q: Tensor, k: Tensor, v: Tensor) -> Both:
     return torch.bmm(weights, v), weights.view(2, 4, *weights.shape[1:]).mean(1)
 
 
+def flattened(q: Tensor, k: Tensor, v: Tensor) -> Both:
+    weights = weigh(q, k)
+    flat = weights.flatten(2)
+    return flat.view(weights.shape) @ v, flat
+
+
 UPTO_WEIGHTS = (
     cast_and_not_dropped, averaged, written_into, gated_by_head, two_values, written_out, transposed,
-    causal_with_empty_rows, safe, beside_a_sink, of_heads_in_batches,
+    causal_with_empty_rows, safe, beside_a_sink, of_heads_in_batches, flattened,
 )  # fmt: skip
 
 
@@ -117,6 +126,15 @@ def test_grouped_heads(door: str) -> None:
     report = never_wrong(door, attention, *qkv(kv_heads=2))
     assert gives_weights(report)
     assert "k[2, 2, 9, 8]" in report.fused[0].shape
+
+
+def test_two_that_share_their_scores(door: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        left, right = q @ k.mT, (2 * q) @ (3 + k).mT
+        first, second = torch.softmax(left, -1), torch.softmax(left * 0.5 + right, -1)
+        return first @ v, second @ v, first, second
+
+    assert len(never_wrong(door, attention, *qkv(), sites=2).fused) == 2
 
 
 def test_masks_of_every_kind(door: str) -> None:
@@ -233,3 +251,11 @@ def test_the_gate_says_what_would_be_faster() -> None:
     (site,) = rewrite(program, custom_op=True, compiled=True)[1].refused
     assert site.reason.startswith("the attention weights are also used by mean, and no kernel is faster: blocked")
     assert "output_attentions=False" in site.remedy
+
+
+def test_kernels_are_asked_about_weights() -> None:
+    (asked,) = problems_in(torch.export.export(as_module(averaged), qkv()))
+    assert asked.problem.weights
+    assert asked.problem.value.shape == (2, 4, 9, 0)
+    able = [each.name for each in choose(asked.problem, Target("cpu")).candidates if each.seconds is not None]
+    assert able == ["blocked", "unfused"]
