@@ -96,7 +96,7 @@ def _in_all(wishes: Wishes, plan: Plan) -> float:
 
 def _plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Refused:
     if wishes.portable and attention.value is None:
-        # rows that are computed apart would have to be copied together: no faster than the graph as it is
+        # rows computed apart by ATen would have to be copied together again; whether that pays was not measured
         return _refusal(attention, "only an operator of attnfuse's own gives them", "keep it with --custom-op")
     try:
         start = draft(attention, captured.value)
