@@ -74,16 +74,18 @@ def problems_in(program: ExportedProgram) -> Iterator[Asked]:
     # whatever is recognised, some kernel for CPU computes it: no site is missing because a device has none
     fused, _ = rewrite(program, target="cpu", custom_op=True, certify="off", profit=False)
     for node in fused.graph.nodes:
-        if node.target is torch.ops.attnfuse.attention.default:
+        if node.target in (torch.ops.attnfuse.attention.default, torch.ops.attnfuse.attention_weights.default):
             query = facts.arguments(node)["query"]
             yield Asked(node.name, _problem_at(node), Target.of(facts.tensor(query).device))
 
 
 def _problem_at(node: Node) -> Problem:
     given = facts.arguments(node)
-    query, key, value = (_operand(given[name]) for name in ("query", "key", "value"))
+    query, key = _operand(given["query"]), _operand(given["key"])
+    value = _operand(given["value"]) if "value" in given else key.without_columns()
     spec = AttentionSpec.from_text(given["spec"])
-    return Problem(spec, query, key, value, tuple(map(_operand, given["captures"][: len(spec.captures)])))
+    captures = tuple(map(_operand, given["captures"][: len(spec.captures)]))
+    return Problem(spec, query, key, value, captures, weights="value" not in given)
 
 
 def _operand(node: Node) -> Operand:

@@ -17,7 +17,6 @@ from attnfuse.atomic import replacing
 from attnfuse.candidates import Asked, Sizes, problem_of, problems_in
 from attnfuse.errors import BadInput
 from attnfuse.exits import table
-from attnfuse.features import describe
 from attnfuse.kernels import Candidate, Numerics, choose, kernels, lookup, measured
 from attnfuse.outputs import check_places, why_unverifiable, write
 from attnfuse.passes.certify import Effort
@@ -165,7 +164,7 @@ def list_kernels(
         return
     for site in _asked(what, sizes, dtype, modules, trust_input=trust_input):
         place = aim or site.target
-        typer.echo(f"{site.name}: {describe(site.problem.spec)} on {place}")
+        typer.echo(f"{site.name}: {site.problem.words} on {place}")
         show_rows(("kernel", "estimate", "because"), map(_candidate_row, choose(site.problem, place).candidates))
 
 

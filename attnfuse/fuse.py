@@ -11,7 +11,6 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from attnfuse.errors import NotEquivalent, Refused
-from attnfuse.features import describe
 from attnfuse.graph import facts
 from attnfuse.graph.capture import Captured, capture
 from attnfuse.graph.flex import flex_programs
@@ -229,8 +228,8 @@ def _lowered(item: Checked, state: State, reads: Reads) -> Fused:
         node=site.node.name,
         source=facts.source_line(site.softmax),
         spec=spec.to_text(),
-        what=describe(spec),
-        shape=f"q{list(problem.query.shape)} k{list(problem.key.shape)} v{list(problem.value.shape)}",
+        what=problem.words,
+        shape=problem.shapes,
         kernel=item.plan.choice.kernel,
         seconds=item.plan.choice.seconds,
         certificate=item.certificate,
@@ -242,6 +241,8 @@ def _lowered(item: Checked, state: State, reads: Reads) -> Fused:
 
 def _notes(item: Plan, undecided: str) -> tuple[str, ...]:
     notes = [undecided] if undecided else []
+    wanted = item.attention.site.wanted
+    notes += [f"{wanted}: they are written once, the scores never"] if wanted else []
     notes += ["dropout draws from another random stream than the source"] if item.attention.spec.dropout else []
     fast = "fast numerics: fully masked rows may differ from the source"
     return (*notes, fast) if item.problem.numerics == "fast" else tuple(notes)

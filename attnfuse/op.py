@@ -20,21 +20,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 from attnfuse.kernels import lookup
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.reference import out_dtype
 from attnfuse.spec import AttentionSpec
 
-__all__ = ["attention"]
+__all__ = ["attention", "register"]
 
-_LIBRARY = torch.library.Library("attnfuse", "DEF")
+#: What an operator computes and what its result is like; or a backward and what it keeps.
+Pair = tuple[Callable[..., Any], Callable[..., Any]]
+
+_LIBRARY = Library("attnfuse", "DEF")
 # kernels read any strides, but how fast depends on them: those that the graph chose are to reach the kernel
 _LIBRARY.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor[] captures, SymInt[] symbols, str spec, str kernel, "
@@ -181,31 +185,39 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return (*grads[:3], grads[3:], [] if isinstance(for_symbols, list) else None, *(None for _ in others))
 
 
-# --- autocast ---------------------------------------------------------------------------------------
+# --- registration -----------------------------------------------------------------------------------
 
 
-def _autocast(device: str) -> Any:
+def _autocast(device: str, name: str, count: int) -> Any:
     key = f"Autocast{device.upper()}" if device != "xpu" else "AutocastXPU"
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def cast(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
+    def cast(*given: Any, **options: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         # float64 is left alone, and so are numbers that are narrower already
-        operands = [x if x.dtype == torch.float64 or x.itemsize == 1 else x.to(dtype) for x in (query, key, value)]
+        operands = [x if x.dtype == torch.float64 or x.itemsize == 1 else x.to(dtype) for x in given[:count]]
         with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return torch.ops.attnfuse.attention(*operands, *rest, **options)
+            return getattr(torch.ops.attnfuse, name)(*operands, *given[count:], **options)
 
     return cast
 
 
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
-    _LIBRARY.impl("attention", _autocast(_device), _key)
-for _name, _real, _fake in (
-    ("attention", _attention, _attention_fake),
-    ("attention_backward", _backward, _backward_fake),
-):
-    _LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"attnfuse::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("attnfuse::attention", _autograd, setup_context=_setup_context, lib=_LIBRARY)
+def register(library: Library, name: str, operands: int, forward: Pair, backward: Pair, autograd: Pair) -> None:
+    """An operator and its backward, each with its fake; autocast casts the first ``operands`` arguments.
+
+    ``autograd`` is the backward for autograd, and what it needs set up.
+    """
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
+        library.impl(name, _autocast(device, name, operands), key)
+    for each, (real, fake) in ((name, forward), (f"{name}_backward", backward)):
+        library.impl(each, real, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"attnfuse::{each}", fake, lib=library)
+    differentiate, setup = autograd
+    torch.library.register_autograd(f"attnfuse::{name}", differentiate, setup_context=setup, lib=library)
+
+
+register(
+    _LIBRARY, "attention", 3, (_attention, _attention_fake), (_backward, _backward_fake), (_autograd, _setup_context)
+)
 
 attention = torch.ops.attnfuse.attention

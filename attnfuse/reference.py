@@ -31,6 +31,8 @@ __all__ = [
     "repeat_heads",
     "rounded",
     "seed_of",
+    "weights",
+    "weights_dtype",
 ]
 
 Span = tuple[int, int]
@@ -91,6 +93,12 @@ def is_float8(dtype: torch.dtype) -> bool:
 def out_dtype(spec: AttentionSpec, value: torch.dtype) -> torch.dtype:
     """The type of the output: value's, but what the spec says where that is a float8."""
     named: torch.dtype = getattr(torch, spec.out_dtype) if spec.out_dtype and is_float8(value) else value
+    return named
+
+
+def weights_dtype(spec: AttentionSpec, query: torch.dtype) -> torch.dtype:
+    """The type of weights that are the result: the spec's ``out_dtype``, else query's."""
+    named: torch.dtype = getattr(torch, spec.out_dtype) if spec.out_dtype else query
     return named
 
 
@@ -167,24 +175,47 @@ def attention(
     autograd. With dropout the last capture is the seed (:func:`seed_of`).
     """
     scope = Scope.whole(query, key, captures, symbols)
-    heads = query.shape[-3]
-    score = query.to(scope.dtype) @ repeat_heads(key, heads).to(scope.dtype).transpose(-1, -2)
-    logit = evaluate(spec.score, replace(scope, score=score)).expand(score.shape)
-    if spec.sink is not None:
-        sink = evaluate(spec.sink, scope).to(scope.dtype)
-        logit = torch.cat([logit, sink.expand(*logit.shape[:-1], 1)], dim=-1)
-    weight = rounded(spec, normalised(spec, logit)[..., : score.shape[-1]])
-    weight = evaluate(spec.weight, replace(scope, weight=weight)).expand(score.shape)
+    logit = _logits(spec, scope, query, key)
+    weight = rounded(spec, normalised(spec, logit)[..., : key.shape[-2]])
+    shape = weight.shape
+    weight = evaluate(spec.weight, replace(scope, weight=weight)).expand(shape)
     if spec.dropout:
         mask = kept(seed_of(spec, captures), spec.dropout, scope.indices())
         # a product, not a where: a dropped NaN stays NaN, as in torch.nn.functional.dropout
         weight = weight * (mask.to(scope.dtype) / (1 - spec.dropout) if spec.dropout < 1 else 0.0)
-    out = weight.to(scope.dtype) @ repeat_heads(value, heads).to(scope.dtype)
+    out = weight.to(scope.dtype) @ repeat_heads(value, query.shape[-3]).to(scope.dtype)
     if spec.normaliser == "none":
-        return out.to(out_dtype(spec, value.dtype)), torch.zeros(
-            score.shape[:-1], dtype=torch.float32, device=score.device
-        )
+        return out.to(out_dtype(spec, value.dtype)), torch.zeros(shape[:-1], dtype=torch.float32, device=out.device)
     return out.to(out_dtype(spec, value.dtype)), torch.logsumexp(logit, dim=-1).to(torch.float32)
+
+
+def weights(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    captures: Sequence[Tensor] = (),
+    symbols: Sequence[int] = (),
+    first: int = 0,
+) -> Tensor:
+    """The normalised weights ``[*B, H, M, N]`` in :func:`weights_dtype`; query's rows are those from ``first`` on.
+
+    Differentiable by autograd. Shapes as in :mod:`attnfuse.spec`.
+    """
+    scope = Scope.whole(query, key, captures, symbols)
+    *outer, rows, keys = scope.spans
+    scope = replace(scope, spans=(*outer, (first, first + rows[1]), keys))
+    weight = normalised(spec, _logits(spec, scope, query, key))[..., : key.shape[-2]]
+    return weight.to(weights_dtype(spec, query.dtype))
+
+
+def _logits(spec: AttentionSpec, scope: Scope, query: Tensor, key: Tensor) -> Tensor:
+    """Rows of logits, the sink's behind them."""
+    score = query.to(scope.dtype) @ repeat_heads(key, query.shape[-3]).to(scope.dtype).transpose(-1, -2)
+    logit = evaluate(spec.score, replace(scope, score=score)).expand(score.shape)
+    if spec.sink is None:
+        return logit
+    sink = evaluate(spec.sink, scope).to(scope.dtype)
+    return torch.cat([logit, sink.expand(*logit.shape[:-1], 1)], dim=-1)
 
 
 def normalised(spec: AttentionSpec, logit: Tensor) -> Tensor:

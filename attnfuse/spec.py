@@ -25,6 +25,9 @@ Operands may be float8 tensors, whose scales are factors of the programs: those 
 value of ``weight``. ``out`` is of value's type, or where that is a float8 of ``spec.out_dtype``. Weights may be rounded
 to ``spec.weight_dtype`` before they multiply value, each in units of the largest of its row, as a program rounds them
 that quantises its weights.
+
+Where the weights ``[*B, H, M, N]`` are the result there is no value and nothing happens to them: ``spec.weight`` is
+``p``, and they are of ``spec.out_dtype``.
 """
 
 from __future__ import annotations

@@ -15,7 +15,10 @@ from attnfuse.reference import is_float8
 from attnfuse.score import Capture, Expr, walk
 from attnfuse.spec import AttentionSpec, EmptyRows, Normaliser
 
-__all__ = ["Attention", "Demand", "Layout", "Leaf", "Operand", "Place", "Site"]
+__all__ = ["UNWANTED", "Attention", "Demand", "Layout", "Leaf", "Operand", "Place", "Site"]
+
+#: What makes an attention fuse whose weights are wanted.
+UNWANTED = "do not ask for attention weights (output_attentions=False)"
 
 #: Where in a tensor: one index for each of its dimensions.
 Place = tuple[Index, ...]
@@ -56,6 +59,10 @@ class Site:
     the first contraction up to the second. ``source`` says how the graph computes it. Where that is one call,
     ``product`` and ``softmax`` are that call. A site of float8 tensors is ``widened`` where they are read as what the
     products are of, which the graph makes of them.
+
+    ``weights`` are the nodes that hold the normalised weights as they are, with where, in graph order. A site without a
+    value gives these weights: ``node`` is one of them, which others want as ``wanted`` says, and what is done with it,
+    the second contraction included, stays in the graph.
     """
 
     node: Node
@@ -67,7 +74,7 @@ class Site:
     inner: tuple[Axis, ...]
     query: Operand
     key: Operand
-    value: Operand
+    value: Operand | None
     score: Expr
     weight: Expr
     extra: tuple[Expr, ...]
@@ -84,11 +91,18 @@ class Site:
     weight_dtype: str | None = None
     interior: frozenset[Node] = frozenset()
     widened: Site | None = None
+    weights: tuple[Leaf, ...] = ()
+    wanted: str = ""
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """Query, key and, where there is one, value."""
+        return (self.query, self.key, *(() if self.value is None else (self.value,)))
 
     @property
     def is_narrow(self) -> bool:
         """Whether an operand is a float8 tensor."""
-        return any(is_float8(facts.dtype(each.source.node)) for each in (self.query, self.key, self.value))
+        return any(is_float8(facts.dtype(each.source.node)) for each in self.operands)
 
     def programs(self) -> tuple[Expr, ...]:
         """Score, weight and the extra logits."""
@@ -96,7 +110,7 @@ class Site:
 
     def read(self) -> Iterator[Leaf]:
         """Every tensor that the fused node will read."""
-        yield from (self.query.source, self.key.source, self.value.source)
+        yield from (operand.source for operand in self.operands)
         for program in self.programs():
             yield from (self.leaves[part.slot] for part in walk(program) if isinstance(part, Capture))
 
@@ -119,6 +133,7 @@ class Layout:
 class Attention:
     """One site in canonical form: what it computes and where its operands are. Shapes as in :mod:`attnfuse.spec`.
 
+    Without a value its result is the weights.
     ``groups`` are the dimensions of the fused node's result; ``place`` those of ``site.node``, in the same axes.
     ``widened`` is that of the site's. Where it is ``quantised`` the operands are rounded as weights are, and their
     three scales are captures behind those that have layouts.
@@ -128,7 +143,7 @@ class Attention:
     spec: AttentionSpec
     query: Layout
     key: Layout
-    value: Layout
+    value: Layout | None
     captures: tuple[Layout, ...]
     symbols: tuple[Size, ...]
     groups: tuple[tuple[Axis, ...], ...]
@@ -153,15 +168,20 @@ class Attention:
             site=replace(self.site, place=place(self.site.place)),
             query=layout(self.query),
             key=layout(self.key),
-            value=layout(self.value),
+            value=None if self.value is None else layout(self.value),
             captures=tuple(map(layout, self.captures)),
             groups=tuple(map(axes, self.groups)),
         )
 
     @property
+    def operands(self) -> tuple[Layout, ...]:
+        """Query, key and, where there is one, value."""
+        return (self.query, self.key, *(() if self.value is None else (self.value,)))
+
+    @property
     def layouts(self) -> tuple[Layout, ...]:
-        """Query, key, value and the captures, in slot order."""
-        return (self.query, self.key, self.value, *self.captures)
+        """The operands and the captures, in slot order."""
+        return (*self.operands, *self.captures)
 
 
 @dataclass(frozen=True, eq=False)

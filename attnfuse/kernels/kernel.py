@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from attnfuse.kernels.differentiated import weights_gradients
 from attnfuse.kernels.problem import Problem
 from attnfuse.spec import AttentionSpec, Normaliser
 from attnfuse.target import Target
@@ -35,8 +36,8 @@ class Kernel(ABC):
     kinds it runs on; ``portable`` says that :meth:`expand` is made of ATen operations alone, so that a
     graph may hold its trace instead of the op; ``gives_lse`` that :meth:`run_with_lse` and
     :meth:`backward` know the lse; ``saves_lse`` that the backward is faster when the forward kept it;
-    ``normalisers`` and ``zeroes_empty_rows`` which of the spec's facts it knows: a problem with another is
-    refused before :meth:`refuses` is asked.
+    ``normalisers`` and ``zeroes_empty_rows`` which of the spec's facts it knows, and ``gives_weights`` that it has
+    :meth:`weights`: a problem with another is refused before :meth:`refuses` is asked.
     """
 
     name: ClassVar[str]
@@ -46,6 +47,7 @@ class Kernel(ABC):
     saves_lse: ClassVar[bool] = False
     normalisers: ClassVar[tuple[Normaliser, ...]] = ("softmax",)
     zeroes_empty_rows: ClassVar[bool] = False
+    gives_weights: ClassVar[bool] = False
 
     def reasons_against(self, problem: Problem, target: Target) -> tuple[str, ...]:
         """Why this kernel is no candidate: what the spec says that it has never heard of, else what it refuses."""
@@ -58,6 +60,8 @@ class Kernel(ABC):
             reasons.append("computes a softmax, and here the scores themselves are the weights")
         if spec.empty_rows == "zero" and not (self.zeroes_empty_rows or problem.rows_kept):
             reasons.append("leaves a row that keeps no key NaN, and here such rows are zero")
+        if problem.weights and not self.gives_weights:
+            reasons.append("gives no weights")
         return tuple(reasons)
 
     @abstractmethod
@@ -148,3 +152,22 @@ class Kernel(ABC):
     ) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, value and each capture, None where ``needs`` is False."""
         raise NotImplementedError(f"kernel {self.name} has no backward; its refuses() must say so")
+
+    def weights(
+        self, spec: AttentionSpec, query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int]
+    ) -> Tensor:
+        """The normalised weights ``[*B, H, M, N]``, contiguous, in :func:`attnfuse.reference.weights_dtype`."""
+        raise NotImplementedError(f"kernel {self.name} gives no weights")
+
+    def weights_backward(
+        self,
+        spec: AttentionSpec,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key and each capture from that of the weights, None where ``needs`` is False."""
+        return weights_gradients(spec, grad, query, key, captures, symbols, needs)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from attnfuse.axes import Minor
+from attnfuse.features import describe
 from attnfuse.form import form_of
 from attnfuse.reference import is_float8, out_dtype
 from attnfuse.score import Apply, P, walk
@@ -38,6 +39,10 @@ class Operand:
     requires_grad: bool = False
     minor: Minor = "d"
 
+    def without_columns(self) -> Operand:
+        """The value that there is not where the weights of this key are wanted."""
+        return Operand((*self.shape[:-1], 0), self.dtype)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -48,7 +53,7 @@ class Problem:
     ``autocast`` says that autocast is on, or switched on somewhere in the graph.
     ``dynamic`` says that sizes may differ from the hints at run time; ``rows_kept`` that every query
     row is *proven* to keep at least one key, so that fully masked rows cannot occur. ``source`` says what a kernel
-    competes with.
+    competes with. ``weights`` says that the weights are what is wanted: value then has no columns.
     """
 
     spec: AttentionSpec
@@ -63,6 +68,21 @@ class Problem:
     rows_kept: bool = False
     numerics: Numerics = "faithful"
     source: Source = "written"
+    weights: bool = False
+
+    @property
+    def words(self) -> str:
+        """Its features in words."""
+        # a type that the spec names is that of the weights, and not of what float8 values give
+        return (
+            f"{describe(replace(self.spec, out_dtype=None))}, weights returned" if self.weights else describe(self.spec)
+        )
+
+    @property
+    def shapes(self) -> str:
+        """The shapes of its operands, in words."""
+        operands = {"q": self.query, "k": self.key} | ({} if self.weights else {"v": self.value})
+        return " ".join(f"{name}{list(operand.shape)}" for name, operand in operands.items())
 
     @property
     def training(self) -> bool:
@@ -88,8 +108,9 @@ class Problem:
 
     @property
     def minors(self) -> dict[str, Minor]:
-        """How query, key and value lie, by name."""
-        return {"query": self.query.minor, "key": self.key.minor, "value": self.value.minor}
+        """How query, key and, where there is one, value lie, by name."""
+        lying: dict[str, Minor] = {"query": self.query.minor, "key": self.key.minor}
+        return lying if self.weights else {**lying, "value": self.value.minor}
 
     @property
     def rows(self) -> int:
@@ -113,7 +134,7 @@ class Problem:
 
     @property
     def plain(self) -> bool:
-        """Whether it is a softmax of scaled scores and nothing else, which Inductor turns into SDPA by itself."""
+        """Whether it is a softmax of scaled scores and nothing else."""
         form, spec = form_of(self.spec.score), self.spec
         bare = form is not None and form.softcap is None and not form.bias and not form.keep
         whole = spec.weight == P and spec.weight_dtype is None and not spec.dropout

@@ -35,8 +35,10 @@ def run(asked: Iterable[Asked], wanted: Wanted, *, dry_run: bool) -> None:
 
     Raises what :func:`attnfuse.tuning.figures` raises, and :class:`BadInput` where nothing can be kept.
     """
+    # one kernel for each device gives weights: there is nothing to choose
+    measurable = (each for each in asked if not each.problem.weights)
     # layers of a model ask the same
-    problems = dict.fromkeys((_as_wanted(each.problem, wanted), wanted.target or each.target) for each in asked)
+    problems = dict.fromkeys((_as_wanted(each.problem, wanted), wanted.target or each.target) for each in measurable)
     found: dict[Target, dict[measured.Case, measured.Measured]] = {}
     shown = []
     with steps(len(problems)) as bar:

@@ -117,7 +117,7 @@ def _masks(replay: Replay) -> Mapping[Node, Mask]:
     if attention.spec.normaliser == "none":
         # the lowest number is no mask there, but one to overflow
         return {}
-    operands = {leaf.node for layout in (attention.query, attention.key, attention.value) for leaf in layout.views}
+    operands = {leaf.node for layout in attention.operands for leaf in layout.views}
     added = (attention.captures[slot] for slot in _summands(attention.spec.score))
     which: Mask = "any" if replay.faithful else "finite"
     return {leaf.node: which for layout in added for leaf in layout.views if leaf.node not in operands}

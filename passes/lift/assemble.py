@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -18,6 +19,7 @@ from attnfuse.passes.lift.product import atoms_of, query_and_key, score_product
 from attnfuse.passes.lift.quantised import quantised_to
 from attnfuse.passes.lift.reader import Reader, TakeAsTensor
 from attnfuse.passes.site import Operand, Site
+from attnfuse.reference import is_float8
 from attnfuse.score import Apply, Capture, Const, Expr, P, S, apply, rewrite, walk
 from attnfuse.spec import EmptyRows, Normaliser
 
@@ -119,8 +121,17 @@ def assembled(
         dropout=dropout,
         empty_rows=softmax.empty_rows,
         weight_dtype=quantised_to(outer.left if values is outer.right else outer.right),
+        weights=tuple(_weights(reader, softmax)),
     )
     return site_of(reader, parts)
+
+
+def _weights(reader: Reader, softmax: Softmax) -> Iterator[Leaf]:
+    """The nodes that were read as the softmax itself, in graph order."""
+    found = reader.read_as(reader.atom(softmax))
+    for leaf in sorted(found, key=lambda leaf: reader.order.position[leaf.node]):
+        if not is_float8(facts.dtype(leaf.node)):
+            yield leaf
 
 
 def _after_softmax(reader: Reader, weights: Expr, softmax: Softmax) -> tuple[float, Expr]:
@@ -154,6 +165,7 @@ class Parts:
     source: Source = "written"
     exact_scores: bool = False
     weight_dtype: str | None = None
+    weights: tuple[Leaf, ...] = ()
 
     @property
     def programs(self) -> tuple[Expr, ...]:
@@ -188,11 +200,8 @@ def site_of(reader: Reader, parts: Parts) -> Site:
         source=parts.source,
         exact_scores=parts.exact_scores,
         weight_dtype=parts.weight_dtype,
-        leaves={
-            slot: Leaf(atom.node, reader.final(atom.place))
-            for slot, atom in enumerate(reader.atoms)
-            if isinstance(atom, Leaf)
-        },
+        weights=tuple(final for leaf in parts.weights if reader.is_plain(final := _final_leaf(reader, leaf))),
+        leaves={slot: _final_leaf(reader, atom) for slot, atom in enumerate(reader.atoms) if isinstance(atom, Leaf)},
         variables={name: reader.space.resolve(index.axes) for name, index in reader.axes.items()},
         symbols=tuple(reader.symbols),
         consumers=dict(reader.consumer),
@@ -246,7 +255,11 @@ def _widest_reads(reader: Reader) -> dict[Node, Place]:
 
 
 def _final(reader: Reader, operand: Operand) -> Operand:
-    return Operand(operand.factor, tuple(Leaf(leaf.node, reader.final(leaf.place)) for leaf in operand.views))
+    return Operand(operand.factor, tuple(_final_leaf(reader, leaf) for leaf in operand.views))
+
+
+def _final_leaf(reader: Reader, leaf: Leaf) -> Leaf:
+    return Leaf(leaf.node, reader.final(leaf.place))
 
 
 def weight_program(reader: Reader, weights: Expr, node: Node) -> tuple[float, Expr]:

@@ -11,19 +11,23 @@ from attnfuse.errors import Refused
 from attnfuse.graph import facts
 from attnfuse.graph.order import Order, Write, storage
 from attnfuse.passes.lift.reader import TakeAsTensor
-from attnfuse.passes.site import Site
+from attnfuse.passes.site import UNWANTED, Leaf, Site
+from attnfuse.score import P
 
 __all__ = ["interior", "observed", "without_hazards"]
 
 
 def without_hazards(site: Site, order: Order) -> Site:
-    """The site with its interior. Raises :class:`Refused` where a weight is used outside, or where something that was
-    read is overwritten; :class:`TakeAsTensor` where what was read is the overwriting itself.
+    """The site with its interior; where a weight is used outside, the part of it that gives the weights.
+
+    Raises :class:`Refused` where that is no node's value, or where something that was read is overwritten;
+    :class:`TakeAsTensor` where what was read is the overwriting itself.
     """
     inside = interior(site, order)
     for node, user in _uses_outside(site, inside, order):
         if not order.before(node, site.softmax):
-            raise _escape(site, node, user, order)
+            escape = _escape(site, node, user, order)
+            return without_hazards(_weights_alone(site, escape, order), order)
     for leaf in {leaf.node for leaf in site.read()}:
         if leaf in inside:
             reason = "what is done with the scores needs all of them at once"
@@ -35,6 +39,31 @@ def without_hazards(site: Site, order: Order) -> Site:
     return replace(site, interior=frozenset(inside))
 
 
+def _weights_alone(site: Site, escape: Refused, order: Order) -> Site:
+    """The site up to its weights, at the last node that has them and that everybody has them from.
+
+    Raises ``escape`` where there is none: what escapes is no weight, or a score's exponential, or is written in place,
+    so that others see it under another name.
+    """
+    found = (_upto(leaf, site, escape.reason) for leaf in site.weights[::-1] if _holds_weights(leaf, site))
+    for each in found:
+        uses = _uses_outside(each, interior(each, order), order)
+        if all(order.before(node, site.softmax) for node, _ in uses):
+            return each
+    raise escape
+
+
+def _holds_weights(leaf: Leaf, site: Site) -> bool:
+    """Whether a node may be the result instead: its keys are a dimension, and it is made, not written into."""
+    keyed = any(index.axes == site.keys for index in leaf.place)
+    return keyed and not facts.is_mutating(leaf.node) and not site.is_narrow
+
+
+def _upto(leaf: Leaf, site: Site, wanted: str) -> Site:
+    alone = replace(site, value=None, weight=P, dropout=0.0, weight_dtype=None, weights=(), wanted=wanted)
+    return replace(alone, node=leaf.node, place=leaf.place, weight_place=leaf.place)
+
+
 def observed(sites: Collection[Site], order: Order) -> dict[Node, Refused]:
     """The sites that are refused since a score is used elsewhere, by their node; that another site uses it, which will
     then compute it itself, is no reason.
@@ -43,6 +72,7 @@ def observed(sites: Collection[Site], order: Order) -> dict[Node, Refused]:
     while True:
         kept = [site for site in sites if site.node not in refused]
         replaced = {node for site in kept for node in site.interior}
+        replaced |= {site.node for site in kept if site.value is None}
         found = {site.node: seen for site in kept if (seen := _observer(site, replaced, order))}
         if not found:
             return refused
@@ -81,8 +111,7 @@ def _closure(start: list[Node], step: Callable[[Node], Iterable[Node]]) -> set[N
 def _escape(site: Site, node: Node, user: Node, order: Order) -> Refused:
     what = "scores" if order.before(node, site.softmax) else "weights"
     by = "returned" if user.op == "output" else f"also used by {user.name}"
-    remedy = "do not ask for attention weights (output_attentions=False)"
-    return Refused(f"the attention {what} are {by}", node.name, facts.source_line(node), remedy)
+    return Refused(f"the attention {what} are {by}", node.name, facts.source_line(node), UNWANTED)
 
 
 def _refuse_overwritten(leaf: Node, site: Site, inside: set[Node], order: Order) -> None:

@@ -9,7 +9,7 @@ graph computes anyway. A spelling is thus never compared with a template.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from functools import partial, reduce
 from typing import Any, cast
@@ -127,6 +127,10 @@ class Reader:
             self.trail.append((node, place))
             self._memo[node, place, changed] = self.leaf(node, place) if changed else self._interpret(node, place)
         return self._memo[node, place, changed]
+
+    def read_as(self, expr: Expr) -> Iterator[Leaf]:
+        """The nodes whose value was found to be ``expr``, with where."""
+        return (Leaf(node, place) for (node, place, _), found in self._memo.items() if found == expr)
 
     def _note_consumer(self, node: Node) -> None:
         reader, known = self._consumer, self.consumer.get(node)

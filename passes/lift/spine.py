@@ -64,14 +64,15 @@ class Given:
 def lift(graph: Graph, given: Given | None = None) -> Found:
     """Every attention site of an ATen graph, in graph order; linear in its size."""
     order, given = Order.of(graph), given or Given()
-    found = [
-        (each.node, item) for each in _candidates(graph, given.is_parameter) for item in _attempt(each, order, given)
-    ]
-    seen = observed([item for _, item in found if isinstance(item, Site)], order)
-    found = [(node, seen.get(node, item)) for node, item in found]
-    inside = {inner for _, item in found if isinstance(item, Site) for inner in item.interior}
+    found: dict[Node, Site | Refused] = {}
+    for each in _candidates(graph, given.is_parameter):
+        for item in _attempt(each, order, given):
+            # one site may give several products their weights
+            found.setdefault(item.node if isinstance(item, Site) else each.node, item)
+    found |= observed([item for item in found.values() if isinstance(item, Site)], order)
+    inside = {inner for item in found.values() if isinstance(item, Site) for inner in item.interior}
     # what is refused alone may be a part of what is not
-    return [item for node, item in found if node not in inside]
+    return [item for node, item in found.items() if node not in inside]
 
 
 #: Reads the attention that a node is the result of; None where it is none.

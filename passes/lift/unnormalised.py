@@ -55,7 +55,7 @@ def read_unnormalised(reader: Reader, node: Node, is_parameter: IsParameter) -> 
             return None
         inner = score_product(reader, read, outer.axes, values[1])
         if inner is not None and (found := _site(reader, node, place, outer, inner, read, weights, values)):
-            computed = not any(is_parameter(operand.source.node) for operand in (found.key, found.value))
+            computed = not any(is_parameter(operand.source.node) for operand in found.operands[1:])
             return found if computed else None
     return None
 

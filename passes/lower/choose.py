@@ -21,7 +21,7 @@ from attnfuse.kernels.prices import prices_of
 from attnfuse.passes.lower.operands import Operands
 from attnfuse.passes.lower.quantise import quantised
 from attnfuse.passes.lower.replacement import Draft, draft, finished
-from attnfuse.passes.site import Attention
+from attnfuse.passes.site import UNWANTED, Attention
 from attnfuse.reference import is_float8
 from attnfuse.target import Target
 
@@ -95,6 +95,9 @@ def _in_all(wishes: Wishes, plan: Plan) -> float:
 
 
 def _plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Refused:
+    if wishes.portable and attention.value is None:
+        # rows computed apart by ATen would have to be copied together again; whether that pays was not measured
+        return _refusal(attention, "only an operator of attnfuse's own gives them", "keep it with --custom-op")
     try:
         start = draft(attention, captured.value)
         problem = replace(_problem(attention, start.operands, wishes), autocast=captured.casts)
@@ -177,19 +180,21 @@ def at_sizes(chosen: Plan, sizes: Mapping[Axis, int], wishes: Wishes) -> GraphMo
 
 
 def _refusal(attention: Attention, reason: str, remedy: str = "") -> Refused:
-    node = attention.site.softmax
+    node, wanted = attention.site.softmax, attention.site.wanted
+    reason = f"{wanted}, and {reason}" if wanted else reason
+    remedy = "; or ".join(filter(None, (remedy, UNWANTED if wanted else "")))
     return Refused(reason, node.name, facts.source_line(node), remedy)
 
 
 def _problem(attention: Attention, operands: Operands, wishes: Wishes) -> Problem:
     """The site as the kernels are asked about it, with symbolic sizes at their hints."""
-    query, key, value = operands.query, operands.key, operands.value
-    sizes = [size for node in (query, key, value) for size in facts.shape(node)]
+    query, key, values = operands.query, operands.key, operands.values
+    sizes = [size for node in (query, key, *values) for size in facts.shape(node)]
     return Problem(
         spec=attention.spec,
         query=_operand(query),
         key=_operand(key),
-        value=_operand(value),
+        value=_operand(values[0]) if values else _operand(key).without_columns(),
         captures=tuple(map(_operand, operands.captures)),
         dynamic=not all(isinstance(size, int) for size in sizes),
         rows_kept=_rows_kept(attention, query, key),
@@ -197,6 +202,7 @@ def _problem(attention: Attention, operands: Operands, wishes: Wishes) -> Proble
         symbols=tuple(facts.hint_of(s) if isinstance(s, Node) else s for s in operands.symbols),
         compiled=wishes.compiled,
         source=attention.site.source,
+        weights=not values,
     )
 
 

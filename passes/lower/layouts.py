@@ -47,7 +47,9 @@ class Prices:
 
 def demands(plans: Sequence[Plan], prices: Prices) -> tuple[Demand, ...]:
     """The operands of plans, and what their layouts cost. A tensor that is several operands is one demand."""
-    asked = (_demand(plan, node, names, prices) for plan in plans for node, names in _tensors(plan).items())
+    # to write weights takes as long however the operands lie
+    minding = [plan for plan in plans if not plan.problem.weights]
+    asked = (_demand(plan, node, names, prices) for plan in minding for node, names in _tensors(plan).items())
     return tuple(demand for demand in asked if demand is not None)
 
 

@@ -17,19 +17,20 @@ __all__ = ["Operands", "build_operands", "nearest", "restore"]
 
 @dataclass(frozen=True)
 class Operands:
-    """Nodes with the shapes of :mod:`attnfuse.spec`; ``symbols`` are ints or nodes."""
+    """Nodes with the shapes of :mod:`attnfuse.spec`; ``values`` is the value, or nothing; ``symbols`` ints or nodes."""
 
     query: Node
     key: Node
-    value: Node
+    values: tuple[Node, ...]
     captures: tuple[Node, ...]
     symbols: tuple[int | Node, ...]
 
 
 def build_operands(builder: Builder, attention: Attention, at_home: Callable[[Node], Node]) -> Operands:
     """All operands of ``attention``; ``at_home`` leads from the nodes that were read to those of the edited graph."""
-    query, key, value, *captures = (_build(builder, layout, at_home) for layout in attention.layouts)
-    return Operands(query, key, value, tuple(captures), tuple(map(builder.size, attention.symbols)))
+    query, key, *values = (_build(builder, layout, at_home) for layout in attention.operands)
+    captures = tuple(_build(builder, layout, at_home) for layout in attention.captures)
+    return Operands(query, key, tuple(values), captures, tuple(map(builder.size, attention.symbols)))
 
 
 def restore(builder: Builder, attention: Attention, out: Node) -> Node:

@@ -28,11 +28,13 @@ _LEAST = 1e-30
 
 
 def quantised(attention: Attention, target: Target) -> Attention | None:
-    """The attention in float8; None where a target multiplies none, or the attention is not of half types."""
+    """The attention in float8; None where a target multiplies none, or the attention is not of half types, or gives
+    its weights.
+    """
     spec, dtype = attention.spec, quantised_to(target)
     halves = {torch.bfloat16, torch.float16}
-    able = spec.normaliser == "softmax" and weight_factor(spec.weight) is not None
-    if dtype is None or not able or not {layout.dtype for layout in attention.layouts[:3]} <= halves:
+    able = spec.normaliser == "softmax" and weight_factor(spec.weight) is not None and attention.value is not None
+    if dtype is None or not able or not {layout.dtype for layout in attention.operands} <= halves:
         return None
     out = str(facts.dtype(attention.site.node)).removeprefix("torch.")
     return replace(attention, spec=_scaled(spec, str(dtype).removeprefix("torch."), out), quantised=True)
@@ -61,10 +63,10 @@ def _scaled(spec: AttentionSpec, dtype: str, out: str) -> AttentionSpec:
 
 def with_quantised(builder: Builder, operands: Operands, dtype: torch.dtype) -> Operands:
     """The operands rounded to ``dtype``, and their scales ``[*B, H, 1, 1]`` behind the other captures."""
-    pairs = [_rounded(builder, node, dtype) for node in (operands.query, operands.key, operands.value)]
+    pairs = [_rounded(builder, node, dtype) for node in (operands.query, operands.key, *operands.values)]
     (query, key, value), scales = zip(*pairs, strict=True)
     of_heads = (_of_query_heads(builder, scale, operands.query) for scale in scales)
-    return Operands(query, key, value, (*operands.captures, *of_heads), operands.symbols)
+    return Operands(query, key, (value,), (*operands.captures, *of_heads), operands.symbols)
 
 
 def _rounded(builder: Builder, node: Node, dtype: torch.dtype) -> tuple[Node, Node]:

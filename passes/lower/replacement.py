@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from attnfuse.passes.lower.operands import Operands, build_operands, nearest, re
 from attnfuse.passes.lower.quantise import with_quantised
 from attnfuse.passes.site import Attention
 from attnfuse.spec import AttentionSpec
+from attnfuse.weights_op import attention_weights
 
 __all__ = ["Draft", "draft", "finished"]
 
@@ -55,7 +56,9 @@ def finished(attention: Attention, start: Draft, kernel: Kernel, problem: Proble
     operands = start.operands
     if attention.spec.dropout:
         operands = _with_seed(builder, operands)
-    if portable or kernel.inlines(problem):
+    if attention.value is None:
+        out = _weights(builder, attention.spec, operands, kernel)
+    elif portable or kernel.inlines(problem):
         out = _traced(builder, attention.spec, operands, kernel)
     else:
         out = _called(builder, attention.spec, operands, kernel, problem.training)
@@ -69,19 +72,23 @@ def finished(attention: Attention, start: Draft, kernel: Kernel, problem: Proble
 def _with_seed(builder: Builder, operands: Operands) -> Operands:
     device = facts.tensor(operands.query).device
     seed = builder.call(torch.ops.aten.randint.default, _SEEDS, [1], dtype=torch.int64, device=device)
-    captures = (*operands.captures, seed)
-    return Operands(operands.query, operands.key, operands.value, captures, operands.symbols)
+    return replace(operands, captures=(*operands.captures, seed))
+
+
+def _weights(builder: Builder, spec: AttentionSpec, operands: Operands, kernel: Kernel) -> Node:
+    tensors = (operands.query, operands.key, list(operands.captures), list(operands.symbols))
+    return builder.call(attention_weights.default, *tensors, spec.to_text(), kernel.name)
 
 
 def _called(builder: Builder, spec: AttentionSpec, operands: Operands, kernel: Kernel, training: bool) -> Node:
-    tensors = (operands.query, operands.key, operands.value, list(operands.captures), list(operands.symbols))
+    tensors = (operands.query, operands.key, *operands.values, list(operands.captures), list(operands.symbols))
     with_lse = training and kernel.saves_lse
     both = builder.call(attention_op.default, *tensors, spec.to_text(), kernel.name, with_lse)
     return builder.item(both, 0)
 
 
 def _traced(builder: Builder, spec: AttentionSpec, operands: Operands, kernel: Kernel) -> Node:
-    tensors = (operands.query, operands.key, operands.value, *operands.captures)
+    tensors = (operands.query, operands.key, *operands.values, *operands.captures)
     nodes = (*tensors, *(size for size in operands.symbols if isinstance(size, Node)))
     sizes = tuple(None if isinstance(size, Node) else size for size in operands.symbols)
     run = partial(_run, kernel, spec, len(operands.captures), sizes)

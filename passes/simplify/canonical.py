@@ -41,24 +41,25 @@ def simplify(site: Site) -> Attention | Refused:
         )
     except BadProgram as error:
         return _refusal(site, str(error))
-    query, key, value = _operands(site, roles)
+    query, key, *values = _operands(site, roles)
     widened = None if site.widened is None else simplify(site.widened)
     return Attention(
         site=site,
         spec=spec,
         query=query,
         key=key,
-        value=value,
+        value=values[0] if values else None,
         captures=tuple(_capture_layout(leaf, tuple(dimensions.values())) for leaf in renamer.leaves),
         symbols=tuple(renamer.symbols),
-        groups=(*_singles(roles.batch), roles.head, roles.row, roles.outer),
+        groups=(*_singles(roles.batch), roles.head, roles.row, roles.outer if values else roles.key),
         widened=widened if isinstance(widened, Attention) else None,
     )
 
 
 def _out_dtype(site: Site) -> str | None:
-    """The result's type where it is not value's: values that are float8 tensors."""
-    return _name(facts.dtype(site.node)) if is_float8(facts.dtype(site.value.source.node)) else None
+    """The result's type where it is not value's: weights, and the result of values that are float8 tensors."""
+    named = site.value is None or is_float8(facts.dtype(site.value.source.node))
+    return _name(facts.dtype(site.node)) if named else None
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -79,11 +80,12 @@ def _capture_layout(leaf: Leaf, groups: tuple[Axes, ...]) -> Layout:
     return Layout((leaf,), groups, (False,) * len(groups), facts.dtype(leaf.node))
 
 
-def _operands(site: Site, roles: Roles) -> tuple[Layout, Layout, Layout]:
-    """Key and value may lack batch axes; every other axis is expanded where the tensor lacks it.
+def _operands(site: Site, roles: Roles) -> tuple[Layout, ...]:
+    """Query, key and, where there is one, value.
 
-    A product that is computed in another dtype than its operands have is autocast's: the cast is made explicit. What
-    was dequantised for it is left as it was before.
+    Key and value may lack batch axes; every other axis is expanded where the tensor lacks it. A product that is
+    computed in another dtype than its operands have is autocast's: the cast is made explicit. What was dequantised for
+    it is left as it was before.
     """
     batch = _singles(roles.batch)
     inner, outer = roles.inner, roles.outer
@@ -92,11 +94,11 @@ def _operands(site: Site, roles: Roles) -> tuple[Layout, Layout, Layout]:
     # a call may have several results
     scored = facts.dtype(site.product) if facts.is_tensor(site.product) else summed
     every = (True, True, True)
-    return (
-        _layout(site.query, (*batch, roles.head, roles.row, inner), (*map(bool, batch), *every), scored),
-        _layout(site.key, (*batch, roles.kv_head, roles.key, inner), (*lead, *every), scored),
-        _layout(site.value, (*batch, roles.kv_head, roles.key, outer), (*lead, *every), summed),
-    )
+    query = _layout(site.query, (*batch, roles.head, roles.row, inner), (*map(bool, batch), *every), scored)
+    key = _layout(site.key, (*batch, roles.kv_head, roles.key, inner), (*lead, *every), scored)
+    if site.value is None:
+        return query, key
+    return query, key, _layout(site.value, (*batch, roles.kv_head, roles.key, outer), (*lead, *every), summed)
 
 
 def _layout(operand: Operand, groups: tuple[Axes, ...], expand: tuple[bool, ...], dtype: torch.dtype) -> Layout:

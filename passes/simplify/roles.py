@@ -40,7 +40,7 @@ def roles_of(site: Site) -> Roles:
     """An axis that key or value has is batch or head; of the others the last dimension is the query row, and the
     rest are heads that share a key/value head.
     """
-    keyed = _axes(site.key.source) | _axes(site.value.source)
+    keyed = set.union(*(_axes(operand.source) for operand in site.operands[1:]))
     dimensions = [index.axes for index in site.weight_place]
     row = _row(dimensions, dimensions.index(site.keys), keyed)
     dimensions.remove(site.keys)

@@ -101,9 +101,15 @@ def refused_another_normaliser(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp(min=1.0) @ v
 
 
-def refused_weights_escape(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    weights = torch.softmax(q @ k.transpose(-2, -1), dim=-1)
-    return weights @ v, weights
+def weights_returned(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    scores = q @ k.transpose(-2, -1) * 0.125 + mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, 0.1, training=False) @ v, weights
+
+
+def refused_scores_escape(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = q @ k.transpose(-2, -1)
+    return torch.softmax(scores, dim=-1) @ v, scores
 
 
 def refused_mutation(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -132,7 +138,8 @@ CASES: dict[Callable[..., object], tuple[Tensor, ...]] = {
     retention: (QUERY, KEY, VALUE, torch.empty(H)),
     refused_another_normaliser: (QUERY, KEY, VALUE),
     baddbmm: (QUERY, KEY, VALUE, torch.empty(B * H, M, N)),
-    refused_weights_escape: (QUERY, KEY, VALUE),
+    weights_returned: (QUERY, KEY, VALUE, torch.empty(B, 1, M, N)),
+    refused_scores_escape: (QUERY, KEY, VALUE),
     refused_mutation: (QUERY, KEY, VALUE),
     refused_another_axis: (QUERY, KEY, VALUE),
 }

@@ -13,11 +13,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attnfuse import reference
 from attnfuse.kernels import cost
 from attnfuse.kernels.cpu.backward import Gradients
 from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.forward import Forward
 from attnfuse.kernels.cpu.functional import attend_by_rows
+from attnfuse.kernels.cpu.weights import WeightsGradients, call_of, weights
+from attnfuse.kernels.differentiated import weights_gradients
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.prices import factor
 from attnfuse.kernels.problem import Problem
@@ -41,6 +44,7 @@ class Blocked(Kernel):
     gives_lse: ClassVar[bool] = True
     normalisers: ClassVar[tuple[Normaliser, ...]] = ("softmax", "none")
     zeroes_empty_rows: ClassVar[bool] = True
+    gives_weights: ClassVar[bool] = True
 
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
         """Only dtypes that torch has no matrix product for."""
@@ -112,3 +116,28 @@ class Blocked(Kernel):
                 for x, need in zip((query, key, value, *captures), needs, strict=True)
             )
         return Gradients(call, grad_out, residual.grad_lse, needs).run()
+
+    def weights(
+        self, spec: AttentionSpec, query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int]
+    ) -> Tensor:
+        """The weights, in no more memory than they take and a block."""
+        if 0 in (*query.shape, *key.shape):
+            return reference.weights(spec, query, key, captures, symbols)
+        return weights(call_of(spec, query, key, captures, symbols))
+
+    def weights_backward(
+        self,
+        spec: AttentionSpec,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        captures: Sequence[Tensor],
+        symbols: Sequence[int],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients, from weights computed again block by block."""
+        if 0 in (*query.shape, *key.shape):
+            return weights_gradients(spec, grad, query, key, captures, symbols, needs)
+        call = call_of(spec, query, key, captures, symbols, training=True)
+        for_query, for_key, _, *others = WeightsGradients(call, grad, None, needs).run()
+        return for_query, for_key, *others

@@ -31,6 +31,8 @@ class Direct(Blocked):
     """Any spec, any strides, any sizes, symbolic ones too; the backward and the lse are the blocked kernel's."""
 
     name: ClassVar[str] = "direct"
+    # they are for the caller, and whole in memory whoever computes them
+    gives_weights: ClassVar[bool] = False
 
     def cost(self, problem: Problem, target: Target) -> float:
         """See :mod:`attnfuse.kernels.cost`."""

@@ -16,9 +16,10 @@ import torch
 from attnfuse.kernels.float8 import product_types
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.rows import masking_band
+from attnfuse.reference import weights_dtype
 from attnfuse.target import Target
 
-__all__ = ["Device", "cudnn", "device_of", "triton", "unfused"]
+__all__ = ["Device", "cudnn", "device_of", "triton", "unfused", "weights"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,23 @@ def cudnn(problem: Problem, target: Target) -> float:
     return _fused(problem, target, problem.flops, share, _CUDNN_BACKWARD)
 
 
+def weights(problem: Problem, target: Target) -> float:
+    """Seconds of :mod:`attnfuse.kernels.triton.weights`: scores are computed twice, weights written once.
+
+    The backward is eager: scores of float32 come and go, and are multiplied once more each way.
+    """
+    device, share = device_of(target), _share(_TRITON, problem)
+    band = masking_band(problem.spec, problem.symbols).share(problem.rows, problem.keys, ROWS_OF_TILE)
+    work = 2 * (problem.flops + _TANH * problem.scores * problem.count("tanh"))
+    written = problem.scores * weights_dtype(problem.spec, problem.query.dtype).itemsize
+    moved = _bytes(problem) + problem.captured_bytes + written
+    forward = max(work * band / (_peak(problem, target) * share), moved / device.bandwidth) + _LAUNCH + _OP
+    if not problem.training:
+        return forward
+    products = 3 * problem.flops / (device.tf32 * _PRODUCTS)
+    return forward + products + _PASSES_EAGER * 4 * problem.scores / device.bandwidth
+
+
 def _fused(problem: Problem, target: Target, work: float, share: float, backward: float) -> float:
     device = device_of(target)
     band = masking_band(problem.spec, problem.symbols)
@@ -104,14 +122,16 @@ def _fused(problem: Problem, target: Target, work: float, share: float, backward
 def unfused(problem: Problem, target: Target) -> float:
     """Seconds of the graph as written, compiled by Inductor unless the problem says that nothing compiles it.
 
-    A softmax of scaled scores without a mask Inductor turns into SDPA by itself.
+    A softmax of scaled scores without a mask Inductor turns into SDPA by itself, unless its weights are wanted: then
+    they are read for the product with the values whoever computes them.
     """
-    if problem.compiled and problem.plain:
+    if problem.compiled and problem.plain and not problem.weights:
         return cudnn(problem, target) + _UNFUSED_LAUNCHES - _OP
     device = device_of(target)
     products = problem.flops / (_peak(problem, target) * _PRODUCTS)
     passes = _PASSES_EAGER if not problem.compiled else _PASSES
     passes += _PASSES_TRAINING if problem.training else 0.0
+    passes -= 1.0 if problem.weights else 0.0
     moved = passes * problem.scores * problem.query.dtype.itemsize + _bytes(problem)
     step = 3.0 if problem.training else 1.0
     return step * products + moved / device.bandwidth + _UNFUSED_LAUNCHES

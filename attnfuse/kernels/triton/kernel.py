@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attnfuse import reference
 from attnfuse.form import weight_factor
 from attnfuse.kernels.float8 import readable
 from attnfuse.kernels.gpu import cost
@@ -24,6 +25,7 @@ from attnfuse.kernels.triton.launch import attend
 from attnfuse.kernels.triton.neighbours import neighbours
 from attnfuse.kernels.triton.planning import NAME
 from attnfuse.kernels.triton.text import untranslatable
+from attnfuse.kernels.triton.weighing import weights
 from attnfuse.reference import attention, is_float8
 from attnfuse.score import P, text
 from attnfuse.spec import AttentionSpec
@@ -44,6 +46,7 @@ class Triton(Kernel):
     devices: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "xpu")
     gives_lse: ClassVar[bool] = True
     saves_lse: ClassVar[bool] = True
+    gives_weights: ClassVar[bool] = True
 
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
         """What its body does not compute."""
@@ -51,6 +54,8 @@ class Triton(Kernel):
 
     def cost(self, problem: Problem, target: Target) -> float:
         """See :mod:`attnfuse.kernels.gpu.cost`; value is wanted transposed where it is multiplied as float8."""
+        if problem.weights:
+            return cost.weights(problem, target)
         return cost.triton(problem, target) * factor(self.name, problem, target)
 
     def schedules(self, problem: Problem, target: Target) -> tuple[Schedule, ...]:
@@ -119,6 +124,14 @@ class Triton(Kernel):
             residual = Residual(out, lse, residual.grad_lse)
         return Gradients(spec, grad_out, query, key, value, captures, symbols, needs, residual).run()
 
+    def weights(
+        self, spec: AttentionSpec, query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int]
+    ) -> Tensor:
+        """The weights; their gradients are the reference's, by autograd."""
+        if 0 in (*query.shape, *key.shape):
+            return reference.weights(spec, query, key, captures, symbols)
+        return weights(spec, query, key, captures, symbols)
+
 
 @lru_cache
 def _installed() -> tuple[str, ...]:
@@ -126,15 +139,16 @@ def _installed() -> tuple[str, ...]:
 
 
 def _programs(problem: Problem) -> tuple[str, ...]:
-    spec = problem.spec
+    # the backward of weights is no text of ours
+    spec, training = problem.spec, problem.training and not problem.weights
     by = weight_factor(spec.weight)
     programs = (spec.score, *(() if spec.sink is None else (spec.sink,)), *(() if by is None else (by,)))
     reasons = [
         (by is None, f"has no weight program such as {text(spec.weight)}"),
-        (problem.training and spec.weight != P, "has no backward of a weight program"),
+        (training and spec.weight != P, "has no backward of a weight program"),
         (spec.batch > BATCHES, f"has {BATCHES} batch axes at most, not {spec.batch}"),
     ]
-    texts = (*programs, *(differentiable(spec) if problem.training else ()))
+    texts = (*programs, *(differentiable(spec) if training else ()))
     return (
         *(reason for holds, reason in reasons if holds),
         *dict.fromkeys(reason for program in texts for reason in untranslatable(program)),

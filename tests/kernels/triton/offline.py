@@ -166,3 +166,16 @@ def compiled(
     with absent(target):
         kernel = launch.body.warmup(*launch.arguments, grid=(1,), **launch.options)
     return Compiled(kernel.asm, kernel.metadata.shared)
+
+
+def compiled_weights(target: str, spec: AttentionSpec, sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> Compiled:
+    """What writes the weights of ``spec`` for a target."""
+    from attnfuse.kernels.triton.weighing import prepare_weights
+    from attnfuse.kernels.triton.weights import weigh
+
+    (query, key, _, _), captures = operands(spec, sizes, dtype)
+    out = torch.empty(*query.shape[:-1], sizes.keys, dtype=dtype)
+    launch = prepare_weights(spec, query, key, captures, (), out, Target.parse(target))
+    with absent(target):
+        kernel = weigh.warmup(*launch.arguments, grid=(1,), **launch.options)
+    return Compiled(kernel.asm, kernel.metadata.shared)

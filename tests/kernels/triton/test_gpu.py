@@ -14,8 +14,13 @@ from attnfuse.kernels.triton.launch import attend
 from attnfuse.op import attention
 from attnfuse.reference import attention as reference
 from attnfuse.target import Target
+from attnfuse.weights_op import attention_weights
 from tests.kernels.cases import BATCHES, SIZES, SPECS, Case, Sizes, assert_as_exact, case, exact, written_out
 from tests.kernels.test_backward import gradients
+from tests.kernels.test_weights import SOFTMAXES, differentiated, of_type
+from tests.kernels.test_weights import exact as exact_weights
+from tests.kernels.test_weights import reference as by_autograd
+from tests.kernels.test_weights import written_out as weights_written_out
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
@@ -157,6 +162,25 @@ def test_the_lse_has_a_gradient(kernel: str) -> None:
     truth = torch.autograd.grad(true, exactly.operands[:2], grad)
     _, source = reference(given.spec, *given.operands[:3])
     assert_as_exact(found, torch.autograd.grad(source, given.operands[:2], grad), truth, 8.0)
+
+
+@pytest.mark.parametrize("name", [name for name in SOFTMAXES if SOFTMAXES[name].empty_rows == "nan"])
+def test_weights(name: str) -> None:
+    for dtype in DTYPES:
+        for sizes in (SIZES["grouped heads"], SIZES["several blocks"], WIDTHS["heads of 128, values of 128"]):
+            given = on_gpu(case(of_type(SOFTMAXES[name], dtype), sizes, dtype))
+            operands = (given.query, given.key, given.captures, [], given.spec.to_text(), "triton")
+            found = attention_weights(*operands)
+            # sums are taken tile by tile, each rounding once more
+            assert_as_exact([found], [weights_written_out(given, dtype)], [exact_weights(given)], 8.0)
+
+
+def test_weights_have_gradients() -> None:
+    given = on_gpu(case(of_type(SOFTMAXES["bias"], torch.float32), SIZES["several blocks"], torch.float32))
+    grad = torch.randn(*given.query.shape[:-1], given.key.shape[-2], device="cuda")
+    found = differentiated(given, grad, lookup("triton").weights_backward)
+    truth = differentiated(given.to(torch.float64), grad.double(), by_autograd)
+    assert_as_exact(found, differentiated(given, grad, by_autograd), truth, 16.0)
 
 
 def test_a_broadcast_batch_of_keys() -> None:

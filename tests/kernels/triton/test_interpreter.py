@@ -13,7 +13,7 @@ from torch.torch_version import TorchVersion
 
 from tests.repo.sources import ROOT
 
-CASES = ("interpreted.py", "interpreted_float8.py", "interpreted_tiles.py")
+CASES = ("interpreted.py", "interpreted_float8.py", "interpreted_tiles.py", "interpreted_weights.py")
 
 
 def _why_not() -> str:

@@ -12,7 +12,7 @@ from tests.kernels.cases import SPECS, spec
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from tests.kernels.triton.offline import Compiled, Sizes, compiled, compiled_backward
+from tests.kernels.triton.offline import Compiled, Sizes, compiled, compiled_backward, compiled_weights
 
 #: Of each target its matrix instruction, and the compiler's text that it stands in.
 INSTRUCTION = {
@@ -59,6 +59,16 @@ def test_consumer_cards_multiply_by_wmma(width: int, rows: int, keys: int, waves
     second = (rows // 16 // down) * (width // 16 // across) * (keys // 16)
     assert products(found, "rocm:gfx1100") == first + second
     assert found.resources()["spills"] == 0
+
+
+@pytest.mark.parametrize("target", INSTRUCTION)
+def test_weights_are_computed_by_matrix_units_without_spills(target: str) -> None:
+    plain, causal = (compiled_weights(target, SPECS[name], FULL) for name in ("scaled", "causal"))
+    # two walks, and for the tiles on the diagonal two more
+    assert products(causal, target) == 2 * products(plain, target) > 0
+    for found in (plain, causal):
+        assert found.resources()["spills"] == 0
+        assert found.shared <= SHARED[target]
 
 
 def test_hopper_multiplies_by_wgmma_and_loads_by_descriptor() -> None:

@@ -36,7 +36,7 @@ def test_weights_used_twice(door: str) -> None:
         weights = torch.softmax(q @ k.mT, dim=-1)
         return weights @ v, weights @ (2 * v)
 
-    never_wrong(door, attention, *qkv(), sites=2)
+    never_wrong(door, attention, *qkv())
 
 
 def test_weights_averaged_over_heads(door: str) -> None:

@@ -100,7 +100,11 @@ TRAPS: dict[str, tuple[str, ...]] = {
     "weights or scores that are returned or reused": (
         "hazards: weights_returned, weights_used_twice, weights_averaged_over_heads, scores_returned",
         "hazards: weights_applied_to_their_own_result, the_logarithm_of_weights",
-        "closed: unused_weights_are_no_obstacle, returned_weights_are_refused",
+        "closed: unused_weights_are_no_obstacle, returned_weights_are_given",
+        "weights: fused_up_to_the_weights, grouped_heads, masks_of_every_kind, sizes_that_are_not_known",
+        "weights: two_that_share_their_scores, gradients_through_weights_and_product, dropout_stays_where_it_is",
+        "weights: refused, no_node_of_aten_alone_gives_weights, the_gate_says_what_would_be_faster",
+        "weights: kernels_are_asked_about_weights",
     ),
     "weights with a hook, or used by the backward": (
         "hazards: weights_with_a_hook, a_weight_that_the_backward_needs",

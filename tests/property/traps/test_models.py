@@ -190,8 +190,8 @@ def test_shared_scores_of_which_one_attention_is_refused(door: str) -> None:
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scores = q @ k.mT
-        weights = torch.softmax(scores / 2, dim=-1)
-        return attend(scores, v), weights @ v, weights
+        logs = torch.log_softmax(scores / 2, dim=-1)
+        return attend(scores, v), logs.exp() @ v, logs
 
     report = never_wrong(door, attention, *qkv(), sites=2)
     assert not report.fused
