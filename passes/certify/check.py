@@ -17,6 +17,7 @@ from attnfuse.graph.double import nudged, otherwise_rounded, run_in_double, wide
 from attnfuse.graph.text import shape_of
 from attnfuse.passes.certify.errors import Errors, compare
 from attnfuse.passes.certify.inputs import GRADIENT_FREE, TRIALS, Mask, Trial, draw
+from attnfuse.passes.certify.modes import entered, within
 from attnfuse.passes.certify.shrink import Shaped, Sizes, shrunk_shape, smaller_axes
 from attnfuse.passes.certify.source import Shapes, fused_of, independent, source_of
 from attnfuse.passes.site import Attention
@@ -101,7 +102,7 @@ def _at_small_size(replay: Replay) -> _Pair:
 def _pair(replay: Replay, replacement: GraphModule, shapes: Shapes) -> _Pair:
     inputs = independent(replay.inputs)
     source, standing = source_of(replay.attention.site.node, inputs, shapes)
-    fused = fused_of(replacement, replay.inputs, inputs, shapes)
+    fused = within(entered(replay.attention.site.node), fused_of(replacement, replay.inputs, inputs, shapes))
     needs = tuple(need for node, need in zip(replay.inputs, replay.needs, strict=True) if node in inputs)
     masks, rounding = _masks(replay), _rounding(replay.attention)
     return _Pair(source, fused, standing, needs, shapes, masks, replay.constant, rounding)

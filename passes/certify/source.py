@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from attnfuse.graph import facts
+from attnfuse.passes.certify.modes import entered, leave, switches
 from attnfuse.passes.certify.shrink import shrunk_arguments
 
 __all__ = ["Shapes", "fused_of", "independent", "source_of"]
@@ -73,6 +74,7 @@ def source_of(result: Node, inputs: Sequence[Node], shapes: Shapes) -> tuple[Gra
             copies[node] = graph.call_function(_SCALAR, (numbers[node],), {"dtype": facts.dtype(node)})
         elif node not in copies:
             copies[node] = _copied(graph, node, copies, shapes)
+    leave(graph, (copies[call] for call in entered(result)))
     graph.output(copies[result])
     return GraphModule({}, graph), standing
 
@@ -91,7 +93,7 @@ def _shape(copy: Node, shape: tuple[int, ...]) -> None:
 
 
 def _needed(result: Node, stop: set[Node]) -> list[Node]:
-    """Everything above ``result`` up to ``stop``, in graph order."""
+    """Everything above ``result`` up to ``stop``, and what switches autocast before it, in graph order."""
     seen, stack = {result}, [result]
     while stack:
         node = stack.pop()
@@ -101,7 +103,7 @@ def _needed(result: Node, stop: set[Node]) -> list[Node]:
             if arg not in seen:
                 seen.add(arg)
                 stack.append(arg)
-    return [node for node in _upto(result) if node in seen]
+    return [node for node in _upto(result) if node in seen or switches(node)]
 
 
 def _upto(last: Node) -> list[Node]:
