@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from attnfuse.kernels import lookup
 from attnfuse.op import attention
 from attnfuse.target import Target
-from tests.kernels.cases import SPECS
+from tests.kernels.cases import SPECS, Case, Sizes, assert_as_exact, case, written_out
+from tests.kernels.test_backward import gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,6 +20,20 @@ pytestmark = [
         not torch.cuda.is_available() or Target.of(torch.device("cuda")).kind != "cuda", reason="no NVIDIA GPU"
     ),
 ]
+
+
+@pytest.mark.parametrize("width", [192, 256])
+@pytest.mark.parametrize("name", ["scaled", "causal"])
+def test_wide_heads_where_torch_takes_them(name: str, width: int) -> None:
+    given = case(SPECS[name], Sizes((2,), 4, 2, 200, 200, width, width), torch.bfloat16)
+    leaves = [x.cuda().requires_grad_() for x in given.operands]
+    given = Case(given.spec, *leaves, ())
+    if lookup("cudnn").reasons_against(given.problem(), Target.of(torch.device("cuda"))):
+        pytest.skip("refused")
+    grad = torch.randn_like(given.query)
+    found = torch.autograd.grad(attention(*leaves, [], [], given.spec.to_text(), "cudnn", True)[0], leaves, grad)
+    source = torch.autograd.grad(written_out(given), leaves, grad)
+    assert_as_exact(found, source, gradients(given.to(torch.float64), None, grad), 8.0)
 
 
 def made(heads: int, *, tokens_first: bool = False) -> Tensor:

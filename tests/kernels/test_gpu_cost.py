@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from attnfuse.kernels import UNFUSED, Operand, Problem, choose
-from attnfuse.kernels.gpu import cost
+from attnfuse.kernels import UNFUSED, Operand, Problem, choose, lookup
+from attnfuse.kernels.gpu import cost, cudnn
 from attnfuse.kernels.triton import kernel as triton_kernel
 from attnfuse.target import Target
 from tests.kernels.cases import SPECS
@@ -65,6 +67,33 @@ def test_every_vendor_has_a_kernel(target: str) -> None:
     found = choose(problem("softcap, causal"), Target.parse(target))
     assert found.pays
     assert found.kernel == "triton"
+
+
+@pytest.mark.parametrize(("here", "says", "taken"), [(HOPPER, True, True), (HOPPER, False, False), (None, True, False)])
+def test_torch_is_asked_about_wide_heads(
+    here: Target | None, says: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the device that is meant, and on no other."""
+    asked: list[tuple[int, bool]] = []
+
+    def params(query: torch.Tensor, *_: object) -> None:
+        asked.append((query.shape[-1], query.requires_grad))
+
+    def made(*shape: int, device: str, **options: Any) -> torch.Tensor:
+        return empty(*shape, **options)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here is not None)
+    monkeypatch.setattr(Target, "of", lambda device: here)
+    monkeypatch.setattr(torch, "empty", made)
+    monkeypatch.setattr(cudnn, "SDPAParams", params)
+    monkeypatch.setattr(cudnn, "can_use_cudnn_attention", lambda given: says)
+    cudnn._takes.cache_clear()
+    wide = Operand((2, 8, 512, 256), torch.bfloat16, requires_grad=True)
+    reasons = lookup("cudnn").reasons_against(Problem(SPECS["causal"], wide, wide, wide, rows_kept=True), HOPPER)
+    cudnn._takes.cache_clear()
+    assert (not reasons) is taken, reasons
+    assert asked == ([(256, True)] if here else [])
 
 
 def test_refusals_name_what_is_missing() -> None:

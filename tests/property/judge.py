@@ -69,9 +69,11 @@ def nudged(inputs: Inputs, random: torch.Generator) -> Inputs:
 
 
 def otherwise_rounded(
-    spelled: Spelled, args: Sequence[Tensor], rows: Tensor | EllipsisType = ...
+    spelled: Spelled, args: Sequence[Tensor], rows: Tensor | EllipsisType | int = ...
 ) -> list[Callable[[], Tensor]]:
-    """What a program gives in ``rows`` where its inputs and steps are rounded otherwise; computed when asked for."""
+    """What a program gives in ``rows``, or as that one of several results, where its inputs and steps are rounded
+    otherwise; computed when asked for.
+    """
 
     def run(random: torch.Generator) -> Tensor:
         graph = recorded(spelled.module, [x.clone() for x in args])

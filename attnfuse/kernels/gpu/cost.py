@@ -53,8 +53,8 @@ _TRITON_FLOAT8 = ((64, 0.30), (128, 0.345), (256, 0.345), (512, 0.09))
 #: Behind a band cuDNN loses more than the scores of cut tiles, and more than other kernels, whose rates are those
 #: without one: it keeps 0.88 at 4096 keys and 0.92 at 8192, the Gluon kernel 0.93 and 0.95.
 _CUDNN_BANDED = 0.95
-#: Backward: operations are 2.5 times the forward's, at this share of the forward's rate.
-_CUDNN_BACKWARD, _TRITON_BACKWARD = 0.87, 0.80
+#: Backward: operations are 2.5 times the forward's, at this share of the forward's rate; by head size at most.
+_CUDNN_BACKWARD, _TRITON_BACKWARD = ((64, 0.97), (512, 0.87)), ((128, 0.80), (256, 0.26), (512, 0.20))
 #: In forwards, the gradient of a captured tensor that varies along rows and keys.
 _CAPTURED_BACKWARD = 0.3
 #: The share of the peak that batched products reach.
@@ -79,14 +79,14 @@ def triton(problem: Problem, target: Target) -> float:
     share = _share(_TRITON_FLOAT8 if _types(problem, target)[0].itemsize == 1 else _TRITON, problem)
     share *= 1.0 if not problem.captured_bytes else 0.7
     work = problem.flops + _TANH * problem.scores * problem.count("tanh")
-    return _fused(problem, target, work, share, _TRITON_BACKWARD)
+    return _fused(problem, target, work, share, _share(_TRITON_BACKWARD, problem))
 
 
 def cudnn(problem: Problem, target: Target) -> float:
     """Seconds of cuDNN's attention."""
     open_band = masking_band(problem.spec, problem.symbols).open
     share = _share(_CUDNN, problem) * (1.0 if open_band else _CUDNN_BANDED)
-    return _fused(problem, target, problem.flops, share, _CUDNN_BACKWARD)
+    return _fused(problem, target, problem.flops, share, _share(_CUDNN_BACKWARD, problem))
 
 
 def weights(problem: Problem, target: Target) -> float:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+from torch.utils._python_dispatch import _disable_current_modes  # torch offers no public way to leave all modes
 
 from attnfuse.form import form_of
 from attnfuse.kernels.cpu.batches import four_d, summed
@@ -21,6 +24,7 @@ from attnfuse.target import Target
 
 __all__ = ["Cudnn"]
 
+#: The widest heads that every cuDNN takes; about wider ones torch is asked, on the device there is.
 WIDEST = 128
 #: Zero, and no zero of anyone else's. torch 2.11 remembers plans of cuDNN's backward by the bytes of the dropout's
 #: probability and by the strides of query, key and value, not by those of out and its gradient, which are part of a
@@ -39,7 +43,7 @@ class Cudnn(Sdpa):
 
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
         """What SDPA cannot say, and what cuDNN does not compute."""
-        return (*super().refuses(problem, target), *_unsupported(problem))
+        return (*super().refuses(problem, target), *_unsupported(problem, target))
 
     def slow_path(self, problem: Problem) -> tuple[str, ...]:
         """Nothing: what cuDNN cannot do, it cannot do at all."""
@@ -109,23 +113,35 @@ class Cudnn(Sdpa):
         return (*(summed(grad, x, batch) if need else None for grad, x, need in wanted), *(None for _ in captures))
 
 
-def _unsupported(problem: Problem) -> tuple[str, ...]:
+def _unsupported(problem: Problem, target: Target) -> tuple[str, ...]:
     spec = problem.spec
     form = form_of(spec.score)
     plain = form is not None and not form.bias and (not form.keep or is_causal(spec))
     dtypes = {x.dtype for x in (problem.query, problem.key, problem.value)}
     widths = (problem.query.shape[-1], problem.value.shape[-1])
+    wide = max(widths) > WIDEST and not _takes(target, max(widths), training=problem.training)
     reasons = [
         (not plain, "cuDNN is called for plain and top-left causal attention only"),
         (spec.dropout > 0, "cuDNN's dropout draws a random stream of its own"),
         (len(dtypes) > 1 or not dtypes <= {torch.float16, torch.bfloat16}, "cuDNN needs operands of one half type"),
         (
-            max(widths) > WIDEST or any(width % 8 for width in widths),
-            f"cuDNN needs heads of {WIDEST} at most, in eights",
+            wide or any(width % 8 for width in widths),
+            f"cuDNN needs heads of {WIDEST} at most, in eights, but where torch says that it takes wider ones",
         ),
         (widths[0] != widths[1], "cuDNN is called for value as wide as query"),
     ]
     return tuple(reason for holds, reason in reasons if holds)
+
+
+@lru_cache
+def _takes(target: Target, width: int, *, training: bool) -> bool:
+    """Whether this torch's cuDNN takes heads of that width on the device there is; on no other target."""
+    if not torch.cuda.is_available() or Target.of(torch.device("cuda")) != target:
+        return False
+    # torch asks whether gradients are being recorded
+    with _disable_current_modes(), torch.set_grad_enabled(training):
+        x = torch.empty(1, 1, 64, width, dtype=torch.bfloat16, device="cuda", requires_grad=training)
+        return bool(can_use_cudnn_attention(SDPAParams(x, x, x, None, 0.0, False, False)))
 
 
 def _forward(

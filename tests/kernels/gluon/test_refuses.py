@@ -190,10 +190,10 @@ def test_what_it_cannot_compute_of_float8(problem: Problem, reason: str) -> None
 
 
 @pytest.mark.usefixtures("gluon")
-def test_float8_is_chosen_only_where_it_was_measured() -> None:
-    """By its estimate the Triton kernel is always ahead, however value lies."""
-    for value in (NARROW, replace(NARROW, minor="n")):
-        problem = replace(FLOAT8, value=value)
-        own, other = (lookup(name).cost(problem, HOPPER) for name in ("gluon", "triton"))
-        assert other < own < 1.1 * other
+def test_float8_is_ahead_and_wants_value_transposed() -> None:
+    """A value that lies as it is is copied first, which may take as long as the rest."""
+    own, other = ([lookup(name).cost(replace(FLOAT8, value=value), HOPPER) for value in (NARROW, FLOAT8.value)]
+                  for name in ("gluon", "triton"))  # fmt: skip
+    assert own[1] < own[0]
+    assert own[1] < other[1]
     assert {each.overlapped for each in lookup("gluon").schedules(FLOAT8, HOPPER)} == {True, False}

@@ -179,6 +179,8 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "unnormalised: parameters_are_no_keys_and_values",
     ),
     "a form that only a file holds": ("portable: a_file_holds_it",),
+    # --- modes ---
+    "autocast that a program switches on and off itself": ("autocast: a_site_is_replayed_in_the_modes_that_it_is_in",),
     # --- what models write ---
     "forms of real models": (
         "models: a_mask_made_of_lengths, a_bias_gated_by_a_sum, a_bias_that_is_a_piece_of_a_product",
