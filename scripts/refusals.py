@@ -25,11 +25,7 @@ _RECURRENCE = "a recurrence over chunks (gated delta rule, xLSTM): its states ar
 
 #: Why a refusal is just, by how its reason begins.
 JUST: dict[str, str] = {
-    "the attention weights are returned": (
-        "the graph hands the weights to its caller. In these models a graph break leaves the layer to Python, so that"
-        " the attention is a graph of its own, which returns what nobody takes; without the break it fuses"
-    ),
-    "the attention weights are also used by pad": "the weights are wanted, for relative positions of the values",
+    "the attention weights are returned": "scores of pairs, which are the result: there is no softmax and no value",
     "the attention weights are also used by zeros_like": _RECURRENCE,
     "the attention weights are also used by matmul": _RECURRENCE,
     "the attention weights are also used by sum": _RECURRENCE,
@@ -40,8 +36,7 @@ JUST: dict[str, str] = {
     "the softmax runs over another axis": "each key is shared out among the queries: no attention over keys",
     "a softmax of which an inner part is used": "two products share one softmax, side by side, and part after it",
     "the weights go through pad": (
-        "windows that overlap are computed chunk by chunk and skewed into one another (Longformer), or the weights are"
-        " wanted for relative positions of the values (VITS)"
+        "windows that overlap are computed chunk by chunk and skewed into one another (Longformer)"
     ),
     "the product with the values cannot be read": "the weights of a learned vector multiply no product of keys",
     "the graph cannot be traced: DataDependentOutput": "a size depends on data; no attention is in these graphs",

@@ -23,14 +23,14 @@ def page(folder: Path, **reports: Report) -> subprocess.CompletedProcess[str]:
 
 def test_just_refusals_are_counted_by_reason(tmp_path: Path) -> None:
     lonely = Refused("there is a single key, whose weight is 1", "softmax")
-    padded = Refused("the attention weights are also used by pad_4", "softmax_1")
-    done = page(tmp_path, dia=Report((lonely, lonely, fused("a"))), pvt=Report((lonely,)), vits=Report((padded,)))
+    recurrent = Refused("the attention weights are also used by sum_4", "softmax_1")
+    done = page(tmp_path, dia=Report((lonely, lonely, fused("a"))), pvt=Report((lonely,)), vits=Report((recurrent,)))
     assert done.returncode == 0, done.stderr
     assert "In 3 models 1 sites are fused and 4 refused" in done.stdout
     first, second = done.stdout.splitlines()[-2:]
     assert first.startswith("| 3 | there is a single key, whose weight is 1 | a softmax over one key")
     assert first.endswith("| dia, pvt |")
-    assert second.startswith("| 1 | the attention weights are also used by pad |")
+    assert second.startswith("| 1 | the attention weights are also used by sum |")
 
 
 def test_another_refusal_is_named_and_fails(tmp_path: Path) -> None:
