@@ -143,12 +143,19 @@ def evaluate(program: Expr, scope: Scope) -> Tensor:
             return scope.capture(slot)
         case Const(value):
             kind = {bool: torch.bool, int: torch.int64, float: scope.dtype}[type(value)]
-            return torch.scalar_tensor(value, dtype=kind, device=scope.device)
+            return torch.scalar_tensor(_rounded(value, kind), dtype=kind, device=scope.device)
         case Apply(op, args):
             # derivatives multiply equal parts, such as tanh(x) * tanh(x)
             values = {arg: evaluate(arg, scope) for arg in dict.fromkeys(args)}
             return applied(op, [values[arg] for arg in args], scope.dtype)
     raise BadProgram(f"a program reads {type(program).__name__.lower()} where there is none")
+
+
+def _rounded(value: bool | int | float, dtype: torch.dtype) -> bool | int | float:
+    """A number that a dtype has no room for is infinite in it; torch makes no such scalar."""
+    if isinstance(value, float) and math.isfinite(value) and abs(value) > torch.finfo(dtype).max:
+        return math.copysign(math.inf, value)
+    return value
 
 
 def applied(op: str, args: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -50,6 +50,15 @@ def test_a_program_by_hand() -> None:
     torch.testing.assert_close(lse, logit.logsumexp(-1).float())
 
 
+def test_a_number_beyond_the_dtype_is_infinite() -> None:
+    """Such as the sum of two fills of the least number, which float64 has and float32 has not."""
+    program = parse("where(n < 3, s, -6.8056469327705772e+38)")
+    narrow, wide = (evaluate(program, replace(scope(dtype=d), score=torch.zeros((), dtype=d)))
+                    for d in (torch.float32, torch.float64))  # fmt: skip
+    assert narrow[..., 3:].isneginf().all()
+    assert wide[..., 3:].isfinite().all()
+
+
 def test_a_sink_is_one_more_column() -> None:
     query, key, value = operands()
     logits = torch.randn(1, 4, 1, 1, dtype=torch.float64)
