@@ -54,6 +54,7 @@ _TRITON_FLOAT8 = ((64, 0.30), (128, 0.345), (256, 0.345), (512, 0.09))
 #: without one: it keeps 0.88 at 4096 keys and 0.92 at 8192, the Gluon kernel 0.93 and 0.95.
 _CUDNN_BANDED = 0.95
 #: Backward: operations are 2.5 times the forward's, at this share of the forward's rate; by head size at most.
+#: Triton's beyond 256 is a guess.
 _CUDNN_BACKWARD, _TRITON_BACKWARD = ((64, 0.97), (512, 0.87)), ((128, 0.80), (256, 0.26), (512, 0.20))
 #: In forwards, the gradient of a captured tensor that varies along rows and keys.
 _CAPTURED_BACKWARD = 0.3
