@@ -7,6 +7,7 @@ python scripts/bench.py --quick                  seconds, not minutes: does it r
 python scripts/bench.py --device cuda            every variant on a GPU, forward and backward, N = 4096, D = 128
 python scripts/bench.py --device cuda -n 512,16384 --widths 64,256 --steps forward --only llama --json f --plot f
 python scripts/bench.py --device cuda -n 512 --peers "SDPA by hand,attnfuse"
+                                                 rows are prepared side by side, on every GPU; timed in turn on each
 python scripts/bench.py --device cuda --models    whole models there, beside the same rewritten by hand
 python scripts/bench.py --cost                   fuse_graph against nodes, and against Inductor
 python scripts/bench.py --layouts --device cuda  what layouts cost there; kept for the cost model
@@ -30,13 +31,14 @@ from rich.progress import track
 
 from benchmark import blocks as whole_blocks
 from benchmark import cost as rewriting
-from benchmark import gpu_table, models
+from benchmark import gpu_plot, gpu_table, models
 from benchmark import hopper as kernels
 from benchmark import hopper_backward as backwards
 from benchmark import hopper_float8 as float8
 from benchmark.ahead import Prepare, compile_ahead
 from benchmark.cases import DTYPES, QUICK_LENGTH, VARIANTS, Case, cases
-from benchmark.gpu import GpuRow, gpu_cases, measure_gpu, to_compile
+from benchmark.gpu import GpuRow, gpu_cases
+from benchmark.gpu_rows import Machine, measure_rows
 from benchmark.layouts import LAYOUT_DEVICES, as_rows, measure_layouts, write
 from benchmark.measure import Effort, Row, measure
 from benchmark.models import ModelRow
@@ -169,16 +171,17 @@ def _bench_gpu(
     lengths_of, widths_of = (tuple(map(_length, _words(listed))) for listed in (lengths, widths))
     todo = gpu_cases(names, lengths_of, widths_of, _known("step", steps, STEPS))
     competing = _known("peer", peers, PEERS) or tuple(PEERS)
-    _compile_ahead(to_compile(todo, competing))
+    _need_gpu()
     rows: list[GpuRow] = []
-    for case in track(todo, "measuring", console=err):
-        rows.append(measure_gpu(case, competing))
-        err.print(gpu_table.as_line(rows[-1]), highlight=False)
+    for row in track(measure_rows(todo, competing, Machine.here()), "measuring", len(todo), console=err):
+        rows = sorted([*rows, row], key=lambda row: todo.index(row.case))
+        err.print(gpu_table.as_line(row), highlight=False)
         _keep(json, {"rows": rows})
     out.print(gpu_table.as_table(rows))
     _print_absent(rows)
+    out.print(gpu_table.summary(rows), highlight=False)
     if plot is not None:
-        gpu_table.plot(rows, plot)
+        gpu_plot.plot(rows, plot)
     return {"rows": rows}, gpu_table.targets(rows)
 
 
@@ -198,7 +201,9 @@ def _bench_models(only: str, steps: str, json: Path | None) -> tuple[dict[str, S
 def _keep(json: Path | None, content: dict[str, Sequence[Any]]) -> None:
     """What is interrupted keeps the rows that it has."""
     if json is not None:
-        json.write_text(as_json(content, []))
+        draft = json.with_name(f".{json.name}.part")
+        draft.write_text(as_json(content, []))
+        draft.replace(json)
 
 
 def _compile_ahead(tasks: dict[str, Prepare]) -> None:

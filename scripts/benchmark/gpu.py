@@ -12,35 +12,32 @@ training of the worst of the gradients of query, key and value.
 from __future__ import annotations
 
 import gc
-import math
-import random
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
+from torch.fx import GraphModule
 
-import attnfuse
-from benchmark.ahead import Prepare
+from attnfuse import fuse_graph
+from attnfuse.report import Report
 from benchmark.byhand import Tensors
 from benchmark.cases import VARIANTS, Case, Variant
+from benchmark.clock import Call, graphed, interleaved, seconds
 from benchmark.peers import OURS, PEERS
 
-__all__ = ["GpuCase", "GpuRow", "gpu_cases", "in_turn", "interleaved", "measure_gpu", "seconds", "to_compile"]
+__all__ = ["HEADS", "GpuCase", "GpuRow", "Prepared", "gpu_cases"]
 
 HEADS, WIDTH, LENGTH, TOKENS = 32, 128, 4096, 8192
 #: Decoding's numbers of keys, one query row each, and its batch.
 DECODED, DECODED_BATCH = (4096, 32768), 16
-ROUNDS, SECONDS = 11, 0.02
 #: Seconds of a call that is replayed from a CUDA graph.
 BRIEF = 2.5e-3
 
-_NOT_COMPILED, _PROGRAMS = ("eager", "SDPA by hand"), ("eager", "inductor", OURS)
-
-Call = Callable[[], object]
+_PROGRAMS = ("eager", "inductor", OURS)
 
 
 @dataclass(frozen=True)
@@ -126,37 +123,50 @@ def gpu_cases(
     ]
 
 
-def measure_gpu(case: GpuCase, peers: Sequence[str] = tuple(PEERS)) -> GpuRow:
-    """The row of ``case``, of these peers."""
-    given = case.inputs()
-    truth = _truth(case, given)
-    calls: dict[str, Call] = {}
-    errors: dict[str, float] = {}
-    absent: dict[str, str] = {}
-    for name in peers:
-        with _noted(absent, name):
-            torch.compiler.reset()
-            step = _step(name, case, given)
-            if step is None:
-                absent[name] = "cannot express it"
-                continue
-            errors[name] = _error(case, step(), truth)
-            step()
-            calls[name] = step
-    if calls and min(seconds(call, 3) for call in calls.values()) < BRIEF:
-        calls = _all_graphed(calls, absent)
-    return GpuRow(case, interleaved(calls), _kernel(case.variant, given), errors, absent)
+class Prepared:
+    """A row whose peers are compiled and called one after another, then timed together, all in one process.
 
+    Memory that it does not hold is given back, since other rows are prepared on the same GPU. Only one of them runs its
+    program in float64 at a time: who has ``lock``, a file.
+    """
 
-def to_compile(cases: Sequence[GpuCase], peers: Sequence[str] = tuple(PEERS)) -> dict[str, Prepare]:
-    """What :func:`benchmark.ahead.compile_ahead` is to compile of these rows, what takes longest first."""
-    tasks = ((case, peer) for case in cases for peer in peers if peer not in _NOT_COMPILED)
-    ordered = sorted(tasks, key=lambda task: not task[0].training)
-    return {f"{case}: {peer}": partial(_prepared, peer, case) for case, peer in ordered}
+    def __init__(self, case: GpuCase, lock: str) -> None:
+        self._case, self._given = case, case.inputs()
+        self._kernel = _kernel(case.variant, self._given)
+        with FileLock(lock):
+            self._truth = _truth(case, self._given)
+            _give_back()
+        self._calls: dict[str, Call] = {}
+        self._errors: dict[str, float] = {}
 
+    def add(self, peer: str) -> str:
+        """Compiles and calls a peer; why it has no figure, if it has none.
 
-def _prepared(peer: str, case: GpuCase) -> Call | None:
-    return _step(peer, case, case.inputs())
+        Raises what the GPU says to a process that can use it no more: one that read outside of memory.
+        """
+        absent: dict[str, str] = {}
+        with _noted(absent, peer):
+            if not self._called(peer):
+                absent[peer] = "cannot express it"
+        _give_back()
+        return absent.get(peer, "")
+
+    def _called(self, peer: str) -> bool:
+        step = _step(peer, self._case, self._given)
+        if step is None:
+            return False
+        error = _error(self._case, step(), self._truth)
+        step()
+        torch.cuda.synchronize()
+        self._calls[peer], self._errors[peer] = step, error
+        return True
+
+    def row(self) -> GpuRow:
+        """The row of the peers that were added, timed."""
+        calls, absent = self._calls, dict[str, str]()
+        if calls and min(seconds(call, 3) for call in calls.values()) < BRIEF:
+            calls = _all_graphed(calls, absent)
+        return GpuRow(self._case, interleaved(calls), self._kernel, self._errors, absent)
 
 
 def _step(peer: str, case: GpuCase, given: Tensors) -> Callable[[], tuple[Tensor, ...]] | None:
@@ -191,60 +201,23 @@ def _noted(absent: dict[str, str], name: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - see above
         absent[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if name in absent:
         gc.collect()
-        torch.cuda.empty_cache()
+
+
+def _give_back() -> None:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
 
 
 def _all_graphed(calls: dict[str, Call], absent: dict[str, str]) -> dict[str, Call]:
     found: dict[str, Call] = {}
     for name, call in calls.items():
         with _noted(absent, name):
-            found[name] = _graphed(call)
+            found[name] = graphed(call)
+        if name in absent:
+            _give_back()
     return found
-
-
-def _graphed(step: Call) -> Call:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def interleaved(calls: dict[str, Call]) -> dict[str, float]:
-    """Milliseconds of each call: :func:`in_turn`."""
-    return in_turn({name: partial(seconds, call) for name, call in calls.items()}, SECONDS)
-
-
-def in_turn(clocks: Mapping[str, Callable[[int], float]], least: float) -> dict[str, float]:
-    """Milliseconds by each clock: medians of rounds in which each has its turn, in an order of the round's own.
-
-    A clock is given how often to call, and says how many seconds a call took; a turn takes ``least`` seconds. The clock
-    of a device that is short of power depends on what ran before.
-    """
-    repeats = {name: max(1, math.ceil(least / clock(3))) for name, clock in clocks.items()}
-    order, shuffle = list(clocks), random.Random(0).shuffle
-    rounds: list[dict[str, float]] = []
-    for _ in range(ROUNDS):
-        shuffle(order)
-        rounds.append({name: clocks[name](repeats[name]) for name in order})
-    return {name: statistics.median(each[name] for each in rounds) * 1e3 for name in clocks}
-
-
-def seconds(call: Call, repeats: int) -> float:
-    """Seconds of a call, by the device's clock, one after another so many times."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # the device is at work when the clock starts, as it is in a loop: Python's part of the first call is not waited for
-    call()
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1e3 / repeats
 
 
 # --- errors -----------------------------------------------------------------------------------------
@@ -264,12 +237,31 @@ def _first(case: GpuCase, name: str, tensor: Tensor) -> Tensor:
 
 
 def _truth(case: GpuCase, given: Tensors) -> tuple[Tensor, ...]:
-    """In float64: the output, in training the gradients of query, key and value."""
+    """In float64: the output, in training the gradients of query, key and value; a head at a time, to save memory."""
     wide = {name: _first(case, name, x).detach().double() for name, x in given.items()}
+    found = [_exact(case, head, wide) for head in range(HEADS // case.kv_heads)]
     if not case.training:
-        return (case.variant.program(**wide),)
-    leaves = [wide[name].requires_grad_() for name in ("query", "key", "value")]
-    return torch.autograd.grad(case.variant.program(**wide), leaves, _first(case, "out", _gradient(case)).double())
+        return (torch.cat([out for (out,) in found], dim=-1),)
+    query, key, value = zip(*found, strict=True)
+    return torch.cat(query, dim=1), sum(key[1:], key[0]), sum(value[1:], value[0])
+
+
+def _exact(case: GpuCase, head: int, wide: Tensors) -> tuple[Tensor, ...]:
+    mine = {name: _of_head(name, x, head) for name, x in wide.items()}
+    if not case.training:
+        return (case.variant.program(**mine),)
+    leaves = [mine[name].requires_grad_() for name in ("query", "key", "value")]
+    grad = _gradient(case)[:1, :, head * case.width : (head + 1) * case.width].double()
+    return torch.autograd.grad(case.variant.program(**mine), leaves, grad)
+
+
+def _of_head(name: str, x: Tensor, head: int) -> Tensor:
+    match name:
+        case "key" | "value":
+            return x
+        case "query":
+            return x[:, head : head + 1]
+    return x[head : head + 1]
 
 
 def _error(case: GpuCase, found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
@@ -279,5 +271,14 @@ def _error(case: GpuCase, found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) 
 
 
 def _kernel(variant: Variant, given: Tensors) -> str:
-    report = attnfuse.explain(variant.program, **given, options={"certify": "off"})
+    """The kernel that is chosen; the program is not run, whose scores may be larger than the GPU."""
+    reports: list[Report] = []
+
+    def record(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        reports.append(fuse_graph(gm, inputs, certify="off").meta["attnfuse_report"])
+        return lambda *args: args[:1]
+
+    torch.compile(variant.program, backend=record, fullgraph=True, dynamic=False)(**given)
+    torch.compiler.reset()
+    (report,) = reports
     return ", ".join([site.kernel for site in report.fused] + ["unfused"] * len(report.refused)) or "no site"

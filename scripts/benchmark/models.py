@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from attnfuse.backend import attnfuse
-from benchmark.gpu import in_turn, seconds
+from benchmark.clock import in_turn, seconds
 from benchmark.peers import OURS
 from benchmark.targets import Target
 from benchmark.workers import Absent, Answers, Worker, ready

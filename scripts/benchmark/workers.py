@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing import get_context
@@ -12,6 +13,9 @@ __all__ = ["Absent", "Answers", "Worker", "ready"]
 
 #: What a process can be asked, by name.
 Answers = Mapping[str, Callable[..., Any]]
+
+#: Threads may start processes, multiprocessing's own lists of them are nobody's.
+_STARTING = threading.Lock()
 
 
 class Absent(Exception):
@@ -25,43 +29,52 @@ class Worker:
         context = get_context("forkserver")
         # no more: other imports touch the GPU, after which a process that uses it cannot be forked
         context.set_forkserver_preload(["torch"])
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make), daemon=True)
-        self._process.start()
-        theirs.close()
+        with _STARTING:
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs, make), daemon=True)
+            self._process.start()
+            theirs.close()
         self._failure: str | None = None
 
-    def wait(self, until: float) -> None:
-        """Until it is ready, or has failed, or the clock says ``until``."""
-        if not self._pipe.poll(max(0.0, until - time.monotonic())):
-            self._failure = "it was not ready in time"
-            return
+    def wait(self, until: float) -> str | None:
+        """Until it is ready, or has failed, or the clock says ``until``, which ends it; why it is not ready."""
         try:
-            self._answer()
+            self._answer(until)
         except Absent as failure:
-            self._failure = str(failure)
+            return str(failure)
+        return None
 
-    def ask(self, question: str, *args: object) -> Any:
-        """The answer; raises :class:`Absent` where there is none."""
+    def ask(self, question: str, *args: object, until: float | None = None) -> Any:
+        """The answer; raises :class:`Absent` where there is none, or none when the clock says ``until``."""
         if self._failure is not None:
             raise Absent(self._failure)
-        self._pipe.send((question, args))
-        return self._answer()
+        try:
+            self._pipe.send((question, args))
+        except ConnectionError:
+            self._fail("its process died")
+        return self._answer(until)
 
     def end(self) -> None:
         """Ends it."""
         self._process.kill()
         self._process.join()
 
-    def _answer(self) -> Any:
+    def _answer(self, until: float | None) -> Any:
         try:
+            if not self._pipe.poll(None if until is None else max(0.0, until - time.monotonic())):
+                # what others are asked would be disturbed
+                self.end()
+                self._fail("it was not ready in time")
             failure, found = self._pipe.recv()
         except (EOFError, ConnectionError):
             failure, found = "its process died", None
         if failure:
-            self._failure = failure
-            raise Absent(failure)
+            self._fail(failure)
         return found
+
+    def _fail(self, reason: str) -> None:
+        self._failure = reason
+        raise Absent(reason)
 
 
 def ready(workers: Mapping[Any, Worker], seconds: float) -> None:
