@@ -10,6 +10,7 @@ from attnfuse.errors import AttnfuseError, BadInput, BadProgram, NoKernel, NotEq
 from attnfuse.explain import explain
 from attnfuse.fuse import fuse_graph
 from attnfuse.kernels import Kernel, Problem, kernel, kernels
+from attnfuse.operands import Operands
 from attnfuse.options import Options
 from attnfuse.pt2 import rewrite
 from attnfuse.report import Certificate, Fused, Report
@@ -27,6 +28,7 @@ __all__ = [
     "Kernel",
     "NoKernel",
     "NotEquivalent",
+    "Operands",
     "Options",
     "Problem",
     "Refused",

@@ -30,6 +30,7 @@ from torch.library import Library
 
 from attnfuse.kernels import lookup
 from attnfuse.kernels.kernel import Kernel, Residual
+from attnfuse.operands import Operands
 from attnfuse.reference import out_dtype
 from attnfuse.spec import AttentionSpec
 
@@ -67,11 +68,11 @@ def _attention(
     kernel: str,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    operands = (_spec(spec), query, key, value, captures, symbols)
+    operands = Operands(query, key, value, tuple(captures), tuple(symbols))
     if return_lse:
-        out, lse = _with_lse(kernel).run_with_lse(*operands)
+        out, lse = _with_lse(kernel).run_with_lse(_spec(spec), operands)
         return _token_major(out), lse.contiguous()
-    return _token_major(lookup(kernel).run(*operands)), query.new_empty(0, dtype=torch.float32)
+    return _token_major(lookup(kernel).run(_spec(spec), operands)), query.new_empty(0, dtype=torch.float32)
 
 
 def _attention_fake(
@@ -131,8 +132,9 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     chosen = lookup(kernel) if grad_lse is None else _with_lse(kernel)
+    operands = Operands(query, key, value, tuple(captures), tuple(symbols))
     residual = Residual(out, lse if _is_lse(lse) else None, grad_lse)
-    found = chosen.backward(_spec(spec), grad_out, query, key, value, captures, symbols, needs, residual)
+    found = chosen.backward(_spec(spec), grad_out, operands, needs, residual)
     return [
         _token_major(grad) if place < 3 else grad.contiguous() for place, grad in enumerate(found) if grad is not None
     ]

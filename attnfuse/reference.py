@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnfuse.dropout import kept
 from attnfuse.errors import BadProgram
+from attnfuse.operands import Operands
 from attnfuse.score import Apply, Capture, Const, Expr, Index, Prob, Score, Symbol
 from attnfuse.spec import FLOAT8, AttentionSpec
 
@@ -56,10 +57,11 @@ class Scope:
     weight: Tensor | None = None
 
     @staticmethod
-    def whole(query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int]) -> Scope:
-        """The scope of all scores of ``query`` and ``key``, without scores yet."""
-        spans = tuple((0, size) for size in (*query.shape[:-1], key.shape[-2]))
-        return Scope(spans, captures, symbols, compute_dtype(query.dtype), query.device)
+    def whole(operands: Operands) -> Scope:
+        """The scope of all scores of query and key, without scores yet."""
+        query = operands.query
+        spans = tuple((0, size) for size in (*query.shape[:-1], operands.key.shape[-2]))
+        return Scope(spans, operands.captures, operands.symbols, compute_dtype(query.dtype), query.device)
 
     def index(self, axis: int) -> Tensor:
         """The indices along one axis of the block, int64, shaped to broadcast against it."""
@@ -168,26 +170,19 @@ def applied(op: str, args: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 # --- attention --------------------------------------------------------------------------------------
 
 
-def attention(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor] = (),
-    symbols: Sequence[int] = (),
-) -> tuple[Tensor, Tensor]:
+def attention(spec: AttentionSpec, operands: Operands) -> tuple[Tensor, Tensor]:
     """``out [*B, H, M, Dv]`` in :func:`out_dtype` and ``lse [*B, H, M]``, the natural log of each row's sum, float32.
 
-    Without a softmax there is no sum, and lse is zero. Shapes as in :mod:`attnfuse.spec`; differentiable by
-    autograd. With dropout the last capture is the seed (:func:`seed_of`).
+    Without a softmax there is no sum, and lse is zero. Differentiable by autograd.
     """
-    scope = Scope.whole(query, key, captures, symbols)
+    query, key, value = operands.qkv
+    scope = Scope.whole(operands)
     logit = _logits(spec, scope, query, key)
     weight = rounded(spec, normalised(spec, logit)[..., : key.shape[-2]])
     shape = weight.shape
     weight = evaluate(spec.weight, replace(scope, weight=weight)).expand(shape)
     if spec.dropout:
-        mask = kept(seed_of(spec, captures), spec.dropout, scope.indices())
+        mask = kept(seed_of(spec, operands.captures), spec.dropout, scope.indices())
         # a product, not a where: a dropped NaN stays NaN, as in torch.nn.functional.dropout
         weight = weight * (mask.to(scope.dtype) / (1 - spec.dropout) if spec.dropout < 1 else 0.0)
     out = weight.to(scope.dtype) @ repeat_heads(value, query.shape[-3]).to(scope.dtype)
@@ -196,19 +191,13 @@ def attention(
     return out.to(out_dtype(spec, value.dtype)), torch.logsumexp(logit, dim=-1).to(torch.float32)
 
 
-def weights(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    captures: Sequence[Tensor] = (),
-    symbols: Sequence[int] = (),
-    first: int = 0,
-) -> Tensor:
+def weights(spec: AttentionSpec, operands: Operands, first: int = 0) -> Tensor:
     """The normalised weights ``[*B, H, M, N]`` in :func:`weights_dtype`; query's rows are those from ``first`` on.
 
-    Differentiable by autograd. Shapes as in :mod:`attnfuse.spec`.
+    Differentiable by autograd. The value is not read.
     """
-    scope = Scope.whole(query, key, captures, symbols)
+    query, key = operands.query, operands.key
+    scope = Scope.whole(operands)
     *outer, rows, keys = scope.spans
     scope = replace(scope, spans=(*outer, (first, first + rows[1]), keys))
     weight = normalised(spec, _logits(spec, scope, query, key))[..., : key.shape[-2]]

@@ -26,6 +26,7 @@ from torch.library import Library
 
 from attnfuse.kernels import lookup
 from attnfuse.op import register
+from attnfuse.operands import Operands
 from attnfuse.reference import weights_dtype
 from attnfuse.spec import AttentionSpec
 
@@ -50,7 +51,8 @@ _spec = lru_cache(maxsize=4096)(AttentionSpec.from_text)
 def _weights(
     query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int], spec: str, kernel: str
 ) -> Tensor:
-    return lookup(kernel).weights(_spec(spec), query, key, captures, symbols)
+    operands = Operands.of_weights(query, key, tuple(captures), tuple(symbols))
+    return lookup(kernel).weights(_spec(spec), operands)
 
 
 def _weights_fake(
@@ -69,7 +71,8 @@ def _backward(
     kernel: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    found = lookup(kernel).weights_backward(_spec(spec), grad, query, key, captures, symbols, needs)
+    operands = Operands.of_weights(query, key, tuple(captures), tuple(symbols))
+    found = lookup(kernel).weights_backward(_spec(spec), grad, operands, needs)
     return [each.contiguous() for each in found if each is not None]
 
 

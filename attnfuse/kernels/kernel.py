@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnfuse.kernels.differentiated import weights_gradients
 from attnfuse.kernels.problem import Problem
+from attnfuse.operands import Operands
 from attnfuse.spec import AttentionSpec, Normaliser
 from attnfuse.target import Target
 
@@ -80,58 +81,25 @@ class Kernel(ABC):
         return False
 
     @abstractmethod
-    def run(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> Tensor:
-        """``out [*B, H, M, Dv]`` in value's dtype; shapes as in :mod:`attnfuse.spec`, any strides."""
+    def run(self, spec: AttentionSpec, operands: Operands) -> Tensor:
+        """``out [*B, H, M, Dv]`` in value's dtype."""
 
     def schedules(self, problem: Problem, target: Target) -> tuple[Any, ...]:
         """Ways to run the forward that ``attnfuse tune`` measures: dataclasses whose fields JSON can say."""
         return ()
 
-    def run_by(
-        self,
-        schedule: Any,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> Tensor:
+    def run_by(self, schedule: Any, spec: AttentionSpec, operands: Operands) -> Tensor:
         """:meth:`run` by one of :meth:`schedules`."""
         raise NotImplementedError(f"kernel {self.name} has one schedule")
 
-    def expand(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> Tensor:
+    def expand(self, spec: AttentionSpec, operands: Operands) -> Tensor:
         """:meth:`run` as a program to be traced: differentiable, without mutation, blind to data.
 
         Sizes may be symbolic.
         """
-        return self.run(spec, query, key, value, captures, symbols)
+        return self.run(spec, operands)
 
-    def run_with_lse(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
+    def run_with_lse(self, spec: AttentionSpec, operands: Operands) -> tuple[Tensor, Tensor]:
         """:meth:`run`, and ``lse [*B, H, M]`` in float32: the natural log of each row's sum, sink included.
 
         Zero without a softmax.
@@ -139,35 +107,20 @@ class Kernel(ABC):
         raise NotImplementedError(f"kernel {self.name} gives no lse")
 
     def backward(
-        self,
-        spec: AttentionSpec,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-        needs: Sequence[bool],
-        residual: Residual,
+        self, spec: AttentionSpec, grad_out: Tensor, operands: Operands, needs: Sequence[bool], residual: Residual
     ) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, value and each capture, None where ``needs`` is False."""
         raise NotImplementedError(f"kernel {self.name} has no backward; its refuses() must say so")
 
-    def weights(
-        self, spec: AttentionSpec, query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int]
-    ) -> Tensor:
-        """The normalised weights ``[*B, H, M, N]``, contiguous, in :func:`attnfuse.reference.weights_dtype`."""
+    def weights(self, spec: AttentionSpec, operands: Operands) -> Tensor:
+        """The normalised weights ``[*B, H, M, N]``, contiguous, in :func:`attnfuse.reference.weights_dtype`.
+
+        The value has no columns.
+        """
         raise NotImplementedError(f"kernel {self.name} gives no weights")
 
     def weights_backward(
-        self,
-        spec: AttentionSpec,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-        needs: Sequence[bool],
+        self, spec: AttentionSpec, grad: Tensor, operands: Operands, needs: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of query, key and each capture from that of the weights, None where ``needs`` is False."""
-        return weights_gradients(spec, grad, query, key, captures, symbols, needs)
+        return weights_gradients(spec, grad, operands, needs)

@@ -16,6 +16,7 @@ from attnfuse.dropout import kept
 from attnfuse.errors import BadProgram
 from attnfuse.kernels.rows import Band, masking_band, skips_surely
 from attnfuse.kernels.schedule import Schedule
+from attnfuse.operands import Operands
 from attnfuse.reference import Scope, evaluate, repeat_heads, seed_of
 from attnfuse.score import P, text
 from attnfuse.spec import AttentionSpec
@@ -59,25 +60,21 @@ def spans(first: int, last: int, size: int) -> list[Span]:
 
 @dataclass(frozen=True)
 class Simulation:
-    """One call; operands as in :mod:`attnfuse.spec`."""
+    """One call."""
 
     spec: AttentionSpec
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    captures: Sequence[Tensor]
-    symbols: Sequence[int]
+    operands: Operands
     schedule: Schedule
 
     @property
     def keys(self) -> int:
         """How many keys there are."""
-        return self.key.shape[-2]
+        return self.operands.key.shape[-2]
 
     @property
     def rows(self) -> int:
         """How many rows there are."""
-        return self.query.shape[-2]
+        return self.operands.query.shape[-2]
 
     def tiles_of_rows(self) -> list[Span]:
         """Tiles of rows in the order in which they start."""
@@ -89,21 +86,21 @@ class Simulation:
         return spans(*self._band().reach(*rows, self.keys), self.schedule.keys)
 
     def _band(self) -> Band:
-        sure = skips_surely(self.spec, self.rows, self.keys, self.symbols)
-        return masking_band(self.spec, tuple(self.symbols)) if sure else Band(exact=False)
+        sure = skips_surely(self.spec, self.rows, self.keys, self.operands.symbols)
+        return masking_band(self.spec, self.operands.symbols) if sure else Band(exact=False)
 
     # --- one tile -----------------------------------------------------------------------------------
 
     def scope(self, rows: Span, keys: Span) -> Scope:
         """What programs read on a tile."""
-        whole = Scope.whole(self.query, self.key, self.captures, self.symbols)
+        whole = Scope.whole(self.operands)
         return replace(whole, spans=(*whole.spans[:-2], rows, keys))
 
     def scores(self, rows: Span, keys: Span) -> Tensor:
         """The first product."""
-        scope = self.scope(rows, keys)
-        key = repeat_heads(self.key[..., slice(*keys), :], self.query.shape[-3]).to(scope.dtype)
-        return self.query[..., slice(*rows), :].to(scope.dtype) @ key.transpose(-1, -2)
+        scope, query = self.scope(rows, keys), self.operands.query
+        key = repeat_heads(self.operands.key[..., slice(*keys), :], query.shape[-3]).to(scope.dtype)
+        return query[..., slice(*rows), :].to(scope.dtype) @ key.transpose(-1, -2)
 
     def weights(self, score: Tensor, before: Sums, rows: Span, keys: Span) -> tuple[Sums, Tensor]:
         """The sums relative to the new maximum, this tile's weights in ``total``; and the weights after dropout."""
@@ -113,25 +110,26 @@ class Simulation:
         weight = (logit - _base(after.top)).exp()
         after = replace(after, total=after.total + weight.sum(dim=-1, keepdim=True))
         if self.spec.dropout:
-            mask = kept(seed_of(self.spec, self.captures), self.spec.dropout, scope.indices())
+            mask = kept(seed_of(self.spec, self.operands.captures), self.spec.dropout, scope.indices())
             weight = weight * mask * (1 / (1 - self.spec.dropout) if self.spec.dropout < 1 else 0.0)
         return after, weight
 
     def product(self, weight: Tensor, keys: Span) -> Tensor:
         """The second product."""
-        value = repeat_heads(self.value[..., slice(*keys), :], self.query.shape[-3]).to(weight.dtype)
-        return weight.to(self.value.dtype).to(weight.dtype) @ value
+        query, _, value = self.operands.qkv
+        whole = repeat_heads(value[..., slice(*keys), :], query.shape[-3]).to(weight.dtype)
+        return weight.to(value.dtype).to(weight.dtype) @ whole
 
     # --- a walk over keys ---------------------------------------------------------------------------
 
     def start(self, rows: Span) -> Sums:
         """No key seen yet; a sink is a key of weight one relative to itself, without a value."""
-        scope = self.scope(rows, (0, 1))
-        shape = (*self.query.shape[:-2], rows[1] - rows[0], 1)
-        top = self.query.new_full(shape, float("-inf"), dtype=scope.dtype)
+        scope, (query, _, value) = self.scope(rows, (0, 1)), self.operands.qkv
+        shape = (*query.shape[:-2], rows[1] - rows[0], 1)
+        top = query.new_full(shape, float("-inf"), dtype=scope.dtype)
         if self.spec.sink is not None:
             top = evaluate(self.spec.sink, scope).to(scope.dtype).expand(shape)
-        return Sums(top.new_zeros((*shape[:-1], self.value.shape[-1])), top, (top > float("-inf")).to(top.dtype))
+        return Sums(top.new_zeros((*shape[:-1], value.shape[-1])), top, (top > float("-inf")).to(top.dtype))
 
     def walk(self, before: Sums, rows: Span, tiles: Sequence[Span]) -> Sums:
         """The sums after some tiles of keys, in the order of operations that the pipelining says."""
@@ -212,22 +210,14 @@ _ALGORITHMS: dict[str, Callable[[Simulation], Iterator[tuple[Span, Sums]]]] = {
 }
 
 
-def simulate(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor],
-    symbols: Sequence[int],
-    schedule: Schedule,
-) -> Tensor:
-    """``out [*B, H, M, Dv]`` as the schedule computes it; shapes as in :mod:`attnfuse.spec`, none of them zero.
+def simulate(spec: AttentionSpec, operands: Operands, schedule: Schedule) -> Tensor:
+    """``out [*B, H, M, Dv]`` as the schedule computes it; no size is zero.
 
     Raises :class:`BadProgram` for a weight program, which an online softmax has no weights for.
     """
     if spec.weight != P:
         raise BadProgram(f"an online softmax has no weights for the program {text(spec.weight)!r}")
-    simulation = Simulation(spec, query, key, value, captures, symbols, schedule)
+    simulation, (query, _, value) = Simulation(spec, operands, schedule), operands.qkv
     out = value.new_full((*query.shape[:-1], value.shape[-1]), float("nan"))
     for (first, last), sums in _ALGORITHMS[schedule.algorithm](simulation):
         out[..., first:last, :] = (sums.out / sums.total).to(out.dtype)

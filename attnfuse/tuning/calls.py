@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -16,33 +16,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from attnfuse.form import form_of
 from attnfuse.kernels import Kernel, Operand, Problem
 from attnfuse.op import attention as attention_op
+from attnfuse.operands import Operands
 from attnfuse.reference import Scope, evaluate, normalised, repeat_heads
 from attnfuse.score import Const, P
 
-__all__ = ["Call", "Given", "as_it_is", "by_kernel", "by_schedule", "directly", "given"]
+__all__ = ["Call", "as_it_is", "by_kernel", "by_schedule", "directly", "given"]
 
 Call = Callable[[], Tensor]
 #: Makes out from query, key, value and captures.
 Program = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
-class Given:
-    """Operands of a problem; ``captures`` ends with the seed where the spec drops out."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    captures: tuple[Tensor, ...]
-    symbols: tuple[int, ...]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in order."""
-        return (self.query, self.key, self.value, *self.captures)
-
-
-def given(problem: Problem, device: torch.device) -> Given:
+def given(problem: Problem, device: torch.device) -> Operands:
     """Random operands: query, key and value as projections leave them, heads side by side."""
     query, key, value = (
         _random(each, device).transpose(-3, -2).contiguous().transpose(-3, -2)
@@ -53,7 +38,7 @@ def given(problem: Problem, device: torch.device) -> Given:
     described = (problem.query, problem.key, problem.value, *problem.captures)
     for tensor, each in zip((query, key, value, *captures), described, strict=True):
         tensor.requires_grad_(each.requires_grad)
-    return Given(query, key, value, (*captures, *seed), problem.symbols)
+    return Operands(query, key, value, (*captures, *seed), problem.symbols)
 
 
 def _random(operand: Operand, device: torch.device) -> Tensor:
@@ -64,7 +49,7 @@ def _random(operand: Operand, device: torch.device) -> Tensor:
     return torch.randn(operand.shape, device=device).to(operand.dtype)
 
 
-def by_kernel(kernel: Kernel, problem: Problem, operands: Given) -> Call:
+def by_kernel(kernel: Kernel, problem: Problem, operands: Operands) -> Call:
     """A kernel as a rewritten graph calls it: by the operator, or, where it is to be inlined, compiled."""
     if kernel.inlines(problem):
         return _call(_compiled(_expanded(kernel, problem, operands), operands), problem, operands)
@@ -79,19 +64,17 @@ def by_kernel(kernel: Kernel, problem: Problem, operands: Given) -> Call:
     return _call(run, problem, operands)
 
 
-def by_schedule(kernel: Kernel, schedule: Any, problem: Problem, operands: Given) -> Call:
+def by_schedule(kernel: Kernel, schedule: Any, problem: Problem, operands: Operands) -> Call:
     """A kernel by one of its schedules, forward."""
-    query, key, value = operands.query, operands.key, operands.value
-    return partial(kernel.run_by, schedule, problem.spec, query, key, value, operands.captures, operands.symbols)
+    return partial(kernel.run_by, schedule, problem.spec, operands)
 
 
-def directly(kernel: Kernel, problem: Problem, operands: Given) -> Call:
+def directly(kernel: Kernel, problem: Problem, operands: Operands) -> Call:
     """A kernel's forward, without the operator."""
-    query, key, value = operands.query, operands.key, operands.value
-    return partial(kernel.run, problem.spec, query, key, value, operands.captures, operands.symbols)
+    return partial(kernel.run, problem.spec, operands)
 
 
-def as_it_is(problem: Problem, operands: Given) -> Call:
+def as_it_is(problem: Problem, operands: Operands) -> Call:
     """The graph as it is, as the model has it: what Inductor turns into a call by itself is that call."""
     if problem.compiled and problem.plain:
         return _call(_compiled(partial(_called, problem), operands), problem, operands)
@@ -99,9 +82,9 @@ def as_it_is(problem: Problem, operands: Given) -> Call:
     return _call(_compiled(run, operands) if problem.compiled else run, problem, operands)
 
 
-def _expanded(kernel: Kernel, problem: Problem, operands: Given) -> Program:
+def _expanded(kernel: Kernel, problem: Problem, operands: Operands) -> Program:
     def run(query: Tensor, key: Tensor, value: Tensor, *captures: Tensor) -> Tensor:
-        return kernel.expand(problem.spec, query, key, value, captures, operands.symbols)
+        return kernel.expand(problem.spec, Operands(query, key, value, captures, operands.symbols))
 
     return run
 
@@ -118,7 +101,7 @@ def _written(
 ) -> Tensor:
     """As models write it: products in the operands' type, softmax in float32."""
     spec, heads = problem.spec, query.shape[-3]
-    scope = replace(Scope.whole(query, key, captures, symbols), dtype=query.dtype)
+    scope = replace(Scope.whole(Operands(query, key, value, captures, symbols)), dtype=query.dtype)
     score = query @ repeat_heads(key, heads).transpose(-1, -2)
     logit = evaluate(spec.score, replace(scope, score=score)).expand(score.shape)
     if spec.sink is not None:
@@ -131,12 +114,12 @@ def _written(
     return weight.to(value.dtype) @ repeat_heads(value, heads)
 
 
-def _compiled(run: Program, operands: Given) -> Program:
+def _compiled(run: Program, operands: Operands) -> Program:
     trace = make_fx(run, tracing_mode="fake", pre_dispatch=True)(*operands.tensors)
     return cast("Program", lookup_backend("inductor")(trace, list(operands.tensors)))
 
 
-def _call(run: Program, problem: Problem, operands: Given) -> Call:
+def _call(run: Program, problem: Problem, operands: Operands) -> Call:
     """Forward, and where a gradient is asked for, the backward too."""
     if not problem.training:
         return partial(run, *operands.tensors)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from attnfuse.errors import BadInput, NoKernel
 from attnfuse.kernels import UNFUSED, Kernel, Problem, kernels, lookup, measured, modelled
+from attnfuse.operands import Operands
 from attnfuse.target import Target
-from attnfuse.tuning.calls import Call, Given, as_it_is, by_kernel, by_schedule, directly, given
+from attnfuse.tuning.calls import Call, as_it_is, by_kernel, by_schedule, directly, given
 
 if TYPE_CHECKING:
     from torch.utils.benchmark import Timer
@@ -72,7 +73,7 @@ class _Bench:
 
     problem: Problem
     target: Target
-    operands: Given
+    operands: Operands
     seconds: float
     tell: Callable[[str], None]
 

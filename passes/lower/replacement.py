@@ -16,6 +16,7 @@ from attnfuse.graph.build import Builder
 from attnfuse.graph.strides import laid_out_like, matters
 from attnfuse.kernels import Kernel, Problem
 from attnfuse.op import attention as attention_op
+from attnfuse.operands import Operands as OperandTensors
 from attnfuse.passes.lower.operands import Operands, build_operands, nearest, restore
 from attnfuse.passes.lower.quantise import with_quantised
 from attnfuse.passes.site import Attention
@@ -101,5 +102,5 @@ def _run(
 ) -> Tensor:
     query, key, value, *rest = values
     given = iter(rest[captures:])
-    symbols = [next(given) if size is None else size for size in sizes]
-    return kernel.expand(spec, query, key, value, rest[:captures], symbols)  # type: ignore[arg-type]
+    symbols = tuple(next(given) if size is None else size for size in sizes)
+    return kernel.expand(spec, OperandTensors(query, key, value, tuple(rest[:captures]), symbols))  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnfuse.kernels import lookup
+from attnfuse.operands import Operands
 from attnfuse.reference import attention
 from attnfuse.score import parse
 from attnfuse.spec import AttentionSpec, Captured
@@ -213,7 +214,7 @@ def _runs(case: Case, operands: list[Tensor], captures: list[Tensor]) -> tuple[C
     """The peer's call and ours."""
     query, key, value = operands
     peer = _cudnn(case, query, key, value) if case.peer == "cudnn" else _flex(case, query, key, value, captures)
-    return peer, partial(lookup("gluon").run, case.spec, query, key, value, captures, ())
+    return peer, partial(lookup("gluon").run, case.spec, Operands(query, key, value, tuple(captures)))
 
 
 def _prepared(case: Case) -> Callable[[], object]:
@@ -242,8 +243,8 @@ def _times(runs: Sequence[Callable[[], object]]) -> list[float]:
 def _true(case: Case, query: Tensor, key: Tensor, value: Tensor, captures: list[Tensor]) -> Tensor:
     """The first head of the first batch, in float64."""
     first_query, first_key, first_value = (x[:1, :1].double() for x in (query, key, value))
-    cut = [x[:1, :1].double() if x.is_floating_point() else x[:1, :1] for x in captures]
-    return attention(case.spec, first_query, first_key, first_value, cut, ())[0]
+    cut = tuple(x[:1, :1].double() if x.is_floating_point() else x[:1, :1] for x in captures)
+    return attention(case.spec, Operands(first_query, first_key, first_value, cut))[0]
 
 
 def _error(found: Tensor, true: Tensor) -> float:

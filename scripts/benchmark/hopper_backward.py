@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.kernels import Residual, lookup
+from attnfuse.operands import Operands
 from attnfuse.reference import attention
 from benchmark.ahead import Prepare
 from benchmark.hopper import CASES, Case, Row, _captures, _cudnn, _error, _flex, _times, chosen
@@ -118,17 +119,18 @@ def _peer(case: Case, given: Training) -> Callable[[], Grads]:
 def _ours(case: Case, given: Training) -> Callable[[], Grads]:
     kernel = lookup("gluon")
     query, key, value, *captures = (x.detach() for x in (given.query, given.key, given.value, *given.captures))
-    residual = Residual(*kernel.run_with_lse(case.spec, query, key, value, captures, ()))
+    operands = Operands(query, key, value, tuple(captures))
+    residual = Residual(*kernel.run_with_lse(case.spec, operands))
 
     def run() -> Grads:
-        found = kernel.backward(case.spec, given.grad, query, key, value, captures, (), given.needs, residual)
+        found = kernel.backward(case.spec, given.grad, operands, given.needs, residual)
         return tuple(x for x in found if x is not None)
 
     return run
 
 
 def _true(case: Case, head: Training) -> Grads:
-    out, _ = attention(case.spec, head.query, head.key, head.value, head.captures, ())
+    out, _ = attention(case.spec, Operands(head.query, head.key, head.value, tuple(head.captures)))
     return torch.autograd.grad(out, (head.query, head.key, head.value), head.grad)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.kernels import lookup
+from attnfuse.operands import Operands
 from benchmark.ahead import Prepare
 from benchmark.hopper import Case, Row, _captures, _error, _spec, _times, _true, chosen
 
@@ -62,7 +63,8 @@ def _operands(case: Case) -> list[Tensor]:
 def _runs(case: Case, operands: list[Tensor]) -> list[Callable[[], Tensor]]:
     """The Triton kernel's call and ours."""
     query, key, value, *captures = operands
-    return [partial(lookup(name).run, case.spec, query, key, value, captures, ()) for name in ("triton", "gluon")]
+    given = Operands(query, key, value, tuple(captures))
+    return [partial(lookup(name).run, case.spec, given) for name in ("triton", "gluon")]
 
 
 def _prepared(case: Case) -> Callable[[], object]:

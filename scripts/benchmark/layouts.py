@@ -18,6 +18,7 @@ from torch.utils.benchmark import Timer
 from attnfuse.atomic import replacing
 from attnfuse.kernels import Kernel, Operand, Problem, kernels
 from attnfuse.kernels.prices import Table, measured_path
+from attnfuse.operands import Operands
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 from benchmark.table import machine
@@ -96,7 +97,7 @@ def _ratios(kernel: Kernel, operands: list[Tensor], spec: AttentionSpec) -> dict
 
     def timed(given: list[Tensor]) -> float:
         query, key, value = given
-        return _seconds(lambda: kernel.run(spec, query, key, value, (), ()))
+        return _seconds(lambda: kernel.run(spec, Operands(query, key, value)))
 
     # in turn, so that a machine that slows down slows all
     rounds = [[timed(given) for given in variants] for _ in range(3)]

@@ -135,9 +135,9 @@ def test_schedules_are_tried_and_must_agree(monkeypatch: pytest.MonkeyPatch) -> 
     blocked = lookup("blocked")
     tried: list[str] = []
 
-    def run_by(schedule: Any, spec: Any, *operands: Any) -> torch.Tensor:
+    def run_by(schedule: Any, spec: Any, operands: Any) -> torch.Tensor:
         tried.append(schedule.order)
-        out = blocked.run(spec, *operands)
+        out = blocked.run(spec, operands)
         return out if schedule.order == "plain" else out + 1
 
     monkeypatch.setattr(blocked, "schedules", lambda *_: (Schedule(order="persistent"), Schedule()), raising=False)

@@ -52,7 +52,7 @@ def test_on_the_cpu(name: str, mixed: str, kernel: str) -> None:
     given = narrowed(case(SPECS[name], SIZES["grouped heads"], torch.float32), MIXED[mixed])
     assert lookup(kernel).reasons_against(given.problem(), Target("cpu")) == ()
     out, lse = attention(given.query, given.key, given.value, given.captures, [], given.spec.to_text(), kernel, True)
-    source, true_lse = reference(given.spec, *given.operands[:3], given.captures)
+    source, true_lse = reference(given.spec, given.operands)
     assert out.dtype == getattr(torch, str(given.spec.out_dtype))
     assert_as_exact([out], [source], [exact(given)])
     torch.testing.assert_close(lse, true_lse, rtol=1e-2, atol=1e-2)
@@ -63,7 +63,7 @@ def test_weights_are_rounded_in_units_of_the_largest_of_their_row(dtype: str) ->
     """A row of very small weights keeps its relative precision."""
     rounding = replace(AttentionSpec(), weight_dtype=dtype, out_dtype="float32")
     given = case(rounding, replace(SIZES["odd"], keys=4000), torch.float32)
-    out, _ = reference(rounding, *given.operands[:3])
+    out, _ = reference(rounding, given.operands)
     true = exact(given)
     error = (out.double() - true).abs().max() / true.abs().max()
     assert 0 < error < torch.finfo(getattr(torch, dtype)).eps

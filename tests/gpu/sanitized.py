@@ -28,7 +28,7 @@ RAGGED, ONE_ROW = Sizes((1,), 2, 1, 150, 171, 64, 64), Sizes((2,), 2, 1, 1, 700,
 def both_ways(name: str) -> None:
     """Forward and backward of a spec."""
     given = case(SPECS[name], RAGGED, torch.bfloat16)
-    operands = [x.cuda().requires_grad_(x.is_floating_point()) for x in given.operands]
+    operands = [x.cuda().requires_grad_(x.is_floating_point()) for x in given.tensors]
     out, lse = attention(*operands[:3], operands[3:], [], given.spec.to_text(), "triton", True)
     leaves = [x for x in operands if x.requires_grad]
     ones = [torch.ones_like(out), torch.zeros_like(lse)]
@@ -38,7 +38,7 @@ def both_ways(name: str) -> None:
 def decoding() -> None:
     """One row, its keys split and merged."""
     given = case(SPECS["scaled"], ONE_ROW, torch.bfloat16)
-    attention(*(x.cuda() for x in given.operands[:3]), [], [], given.spec.to_text(), "triton")
+    attention(*(x.cuda() for x in given.tensors[:3]), [], [], given.spec.to_text(), "triton")
 
 
 def float8() -> None:
@@ -48,7 +48,7 @@ def float8() -> None:
     given = replace(given, key=given.key[:, :, :160], value=given.value[:, :, :160])
     for minor in ("d", "n"):
         moved = on_gpu(given, dtype, dtype, minor)
-        attend(moved.spec, *moved.operands[:3], moved.captures, [])
+        attend(moved.spec, moved.operands)
 
 
 def lists() -> None:

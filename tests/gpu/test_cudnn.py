@@ -26,7 +26,7 @@ pytestmark = [
 @pytest.mark.parametrize("name", ["scaled", "causal"])
 def test_wide_heads_where_torch_takes_them(name: str, width: int) -> None:
     given = case(SPECS[name], Sizes((2,), 4, 2, 200, 200, width, width), torch.bfloat16)
-    leaves = [x.cuda().requires_grad_() for x in given.operands]
+    leaves = [x.cuda().requires_grad_() for x in given.tensors]
     given = Case(given.spec, *leaves, ())
     if lookup("cudnn").reasons_against(given.problem(), Target.of(torch.device("cuda"))):
         pytest.skip("refused")

@@ -25,7 +25,7 @@ def test_a_captured_call_computes_what_is_put_into_its_operands(kernel: str) -> 
     given = case(SPECS["causal"], SIZES, torch.bfloat16)
     if lookup(kernel).reasons_against(given.problem(), Target.of(torch.device("cuda"))):
         pytest.skip("refused")
-    operands = [x.cuda() for x in given.operands[:3]]
+    operands = [x.cuda() for x in given.tensors[:3]]
     spec = given.spec.to_text()
 
     def call() -> Tensor:

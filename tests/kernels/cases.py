@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.kernels import Operand, Problem, rows_kept
+from attnfuse.operands import Operands
 from attnfuse.reference import Scope, attention, compute_dtype, evaluate, repeat_heads
 from attnfuse.score import P, parse
 from attnfuse.spec import AttentionSpec, Captured
@@ -140,12 +141,16 @@ class Case:
     captures: tuple[Tensor, ...]
 
     @property
-    def operands(self) -> tuple[Tensor, ...]:
-        return self.query, self.key, self.value, *self.captures
+    def operands(self) -> Operands:
+        return Operands(self.query, self.key, self.value, self.captures)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.operands.tensors
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same values; only what is float changes."""
-        cast = [x.detach().to(dtype) if x.is_floating_point() else x for x in self.operands]
+        cast = [x.detach().to(dtype) if x.is_floating_point() else x for x in self.tensors]
         return Case(self.spec, *cast[:3], tuple(cast[3:]))
 
     def transposed(self) -> Case:
@@ -155,11 +160,11 @@ class Case:
 
     def leaves(self) -> Case:
         """The same values, each float asking for its gradient."""
-        fresh = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in self.operands]
+        fresh = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in self.tensors]
         return Case(self.spec, *fresh[:3], tuple(fresh[3:]))
 
     def problem(self) -> Problem:
-        described = [Operand(tuple(x.shape), x.dtype, x.requires_grad) for x in self.operands]
+        described = [Operand(tuple(x.shape), x.dtype, x.requires_grad) for x in self.tensors]
         captures = tuple(described[3 : 3 + len(self.spec.captures)])
         kept = rows_kept(self.spec, self.query.shape[-2], self.key.shape[-2])
         return Problem(self.spec, *described[:3], captures, rows_kept=kept)
@@ -198,13 +203,13 @@ def _captured(
 def exact(given: Case) -> Tensor:
     """The output in float64."""
     wide = given.to(torch.float64)
-    return attention(wide.spec, wide.query, wide.key, wide.value, wide.captures)[0]
+    return attention(wide.spec, wide.operands)[0]
 
 
 def written_out(given: Case) -> Tensor:
     """The output as a careful user writes it: products in the operands' type, softmax in float32."""
     of, query, heads = given.spec, given.query, given.query.shape[-3]
-    scope = Scope.whole(query, given.key, given.captures, ())
+    scope = Scope.whole(given.operands)
     score = (query @ repeat_heads(given.key, heads).transpose(-1, -2)).to(compute_dtype(query.dtype))
     logit = evaluate(of.score, replace(scope, score=score)).expand(score.shape)
     if of.sink is not None:
@@ -222,7 +227,7 @@ def written_out(given: Case) -> Tensor:
 def conditioning(given: Case) -> float:
     """By how many roundings of a weight its logit may be off: as many as the largest finite logit is great."""
     wide = given.to(torch.float64)
-    scope = Scope.whole(wide.query, wide.key, wide.captures, ())
+    scope = Scope.whole(wide.operands)
     score = wide.query @ repeat_heads(wide.key, wide.query.shape[-3]).transpose(-1, -2)
     logit = evaluate(wide.spec.score, replace(scope, score=score)).abs()
     finite = logit[logit < 1e6]
@@ -235,16 +240,16 @@ def cancelling(given: Case, grad_out: Tensor) -> list[Tensor]:
     A logit's gradient is ``p * (dp - delta)``, two sums of products of the output's gradient, by value and by output.
     They are float32's, and alike where a row has one key: what is left is their roundings, times key or query.
     """
-    sizes = [x.new_zeros((), dtype=torch.float64) for x in given.operands if x.is_floating_point()]
+    sizes = [x.new_zeros((), dtype=torch.float64) for x in given.tensors if x.is_floating_point()]
     wide, heads = given.to(torch.float64), given.query.shape[-3]
     if given.spec.normaliser != "softmax" or given.spec.weight != P:
         return sizes
-    scope = Scope.whole(wide.query, wide.key, wide.captures, ())
+    scope = Scope.whole(wide.operands)
     key, value = (repeat_heads(x, heads) for x in (wide.key, wide.value))
     score = (wide.query @ key.mT).requires_grad_()
     logit = evaluate(wide.spec.score, replace(scope, score=score)).expand(score.shape)
     (slope,) = torch.autograd.grad(logit.sum(), score)
-    out, lse = attention(wide.spec, wide.query, wide.key, wide.value, wide.captures)
+    out, lse = attention(wide.spec, wide.operands)
     weight = torch.exp(logit.detach() - lse[..., None]).nan_to_num()
     grad = grad_out.double().abs()
     terms = weight * slope.abs() * (grad @ value.abs().mT + (grad * out.abs()).sum(-1, keepdim=True)).nan_to_num()

@@ -24,10 +24,10 @@ def gradients(given: Case, kernel: str | None, grad_out: Tensor) -> list[Tensor]
     """Of every float operand; ``kernel`` None is the reference."""
     leaves = given.leaves()
     if kernel is None:
-        out = reference(leaves.spec, *leaves.operands[:3], leaves.captures)[0]
+        out = reference(leaves.spec, leaves.operands)[0]
     else:
-        out = attention(*leaves.operands[:3], leaves.captures, [], leaves.spec.to_text(), kernel)[0]
-    floats = [x for x in leaves.operands if x.requires_grad]
+        out = attention(*leaves.tensors[:3], leaves.captures, [], leaves.spec.to_text(), kernel)[0]
+    floats = [x for x in leaves.tensors if x.requires_grad]
     found = torch.autograd.grad(out, floats, grad_out.to(out.dtype), allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, floats, strict=True)]
 
@@ -69,7 +69,7 @@ def roundings(given: Case, kernel: str) -> float:
     """ATen computes weights as exp(s - lse), whose relative error is that of the lse: |lse| roundings."""
     if kernel != "sdpa":
         return 4.0
-    lse = reference(given.spec, *given.operands[:3], given.captures)[1]
+    lse = reference(given.spec, given.operands)[1]
     return 4.0 + (lse.nan_to_num(neginf=0.0).abs().amax().item() if lse.numel() else 0.0)
 
 
@@ -121,14 +121,14 @@ def test_gradcheck(name: str) -> None:
         out: Tensor = attention(*operands[:3], operands[3:], [], given.spec.to_text(), "blocked")[0]
         return out
 
-    assert torch.autograd.gradcheck(program, given.operands)
+    assert torch.autograd.gradcheck(program, given.tensors)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_lse_has_a_gradient(kernel: str) -> None:
     given = case(SPECS["causal"], SIZES["grouped heads"], torch.float32).leaves()
-    _, lse = attention(*given.operands[:3], [], [], given.spec.to_text(), kernel, True)
-    _, true = reference(given.spec, *given.operands[:3])
+    _, lse = attention(*given.tensors[:3], [], [], given.spec.to_text(), kernel, True)
+    _, true = reference(given.spec, given.operands)
     grad = torch.randn_like(lse)
     operands = (given.query, given.key)
     torch.testing.assert_close(torch.autograd.grad(lse, operands, grad), torch.autograd.grad(true, operands, grad))
@@ -144,7 +144,7 @@ def test_a_broadcast_batch_of_keys_gets_the_sum() -> None:
 def test_only_what_is_asked_for_is_computed() -> None:
     given = case(SPECS["bias"], SIZES["odd"], torch.float32)
     bias = given.captures[0].requires_grad_()
-    out = attention(*given.operands[:3], [bias], [], given.spec.to_text(), "blocked")[0]
+    out = attention(*given.tensors[:3], [bias], [], given.spec.to_text(), "blocked")[0]
     out.sum().backward()
     assert bias.grad is not None
     assert given.query.grad is None

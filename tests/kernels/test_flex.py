@@ -144,7 +144,7 @@ def test_fast_numerics_let_empty_rows_be_zero() -> None:
 def test_a_slope_that_is_not_finite_makes_its_rows_nan_as_in_the_source(slope: float) -> None:
     given = case(SPECS["alibi"], SIZES["odd"], torch.float32)
     given.captures[0][:, 1] = slope
-    out = lookup("flex").run(given.spec, *given.operands[:3], given.captures, [])
+    out = lookup("flex").run(given.spec, given.operands)
     assert torch.equal(out.isnan(), written_out(given).isnan())
     assert out[:, 1].isnan().all()
     assert not out[:, 0].isnan().any()
@@ -219,5 +219,5 @@ def test_the_graph_holds_the_operator_and_its_programs(golden: Callable[[str, st
 def test_a_capture_that_score_and_mask_share() -> None:
     shared = spec("where(t0 > 0.0, 0.3 * s + 0.1 * t0, -inf)", "float32[b0,n]", empty_rows="zero")
     given = case(shared, SIZES["odd"], torch.float32)
-    out = lookup("flex").run(given.spec, *given.operands[:3], given.captures, [])
+    out = lookup("flex").run(given.spec, given.operands)
     assert_as_exact([out], [written_out(given)], [exact(given)])

@@ -48,7 +48,7 @@ def check(given: Case, kernel: str) -> None:
     assert out.dtype == given.value.dtype
     assert out.transpose(-3, -2).is_contiguous()
     # a mask of dropout is not what rounds: its source is the reference in the operands' type
-    source = reference(given.spec, *given.operands[:3], given.captures)[0] if given.spec.dropout else written_out(given)
+    source = reference(given.spec, given.operands)[0] if given.spec.dropout else written_out(given)
     if out.dtype == torch.bfloat16 and given.key.shape[-2] % 2 and products_leak():
         return
     # the reference in float64 is the truth itself, so its error is no measure there
@@ -113,7 +113,7 @@ def test_sizes_of_zero(empty: str, kernel: str) -> None:
         given = case(SPECS[name], sizes, torch.float32)
         if able(given, kernel):
             out, lse = run(given, kernel, with_lse=True)
-            true, true_lse = reference(given.spec, *given.operands[:3], given.captures)
+            true, true_lse = reference(given.spec, given.operands)
             torch.testing.assert_close((out, lse), (true, true_lse), equal_nan=True)
 
 
@@ -185,7 +185,7 @@ def test_rows_of_which_every_score_is_nan_are_nan(name: str, keys: int, kernel: 
     given.query[..., 2, :2] = torch.tensor([float("inf"), -float("inf")])
     given.key[..., 0, :] = float("nan")
     if able(given, kernel):
-        true, true_lse = reference(given.spec, *given.operands[:3], given.captures)
+        true, true_lse = reference(given.spec, given.operands)
         out, lse = run(given, kernel, with_lse=True)
         assert torch.equal(out.isnan(), true.isnan())
         assert torch.equal(run(given, kernel)[0].isnan(), true.isnan())
@@ -203,7 +203,7 @@ def test_lse(name: str, kernel: str) -> None:
             lse = run(given, kernel, with_lse=True)[1]
             assert lse.dtype == torch.float32
             assert lse.is_contiguous()
-            torch.testing.assert_close(lse, reference(given.spec, *given.operands[:3], given.captures)[1])
+            torch.testing.assert_close(lse, reference(given.spec, given.operands)[1])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -211,7 +211,7 @@ def test_the_trace_of_a_kernel_computes_what_the_kernel_does(kernel: str) -> Non
     for name in ("scaled", "causal", "window, finite fill", "sink", "softcap", "dropout"):
         given = case(SPECS[name], SIZES["several blocks"], torch.float32)
         if able(given, kernel):
-            expanded = lookup(kernel).expand(given.spec, *given.operands[:3], given.captures, [])
+            expanded = lookup(kernel).expand(given.spec, given.operands)
             torch.testing.assert_close(expanded, run(given, kernel)[0])
 
 

@@ -24,12 +24,12 @@ BOTTOM_RIGHT = AttentionSpec(parse("where(n <= m + (z1 - z0), 0.25 * s, -inf)"),
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_opcheck(name: str, kernel: str, with_lse: bool) -> None:
     given = case(SPECS[name], replace(SIZES["grouped heads"], batch=(1,), rows=5, keys=6), torch.float32).leaves()
-    arguments = (*given.operands[:3], list(given.captures), [], given.spec.to_text(), kernel, with_lse)
+    arguments = (*given.tensors[:3], list(given.captures), [], given.spec.to_text(), kernel, with_lse)
     opcheck(torch.ops.attnfuse.attention.default, arguments)
     with torch.no_grad():
         out, lse = attention(*arguments)
-        needs = [x.is_floating_point() for x in given.operands]
-        plain = [x.detach() for x in given.operands]
+        needs = [x.is_floating_point() for x in given.tensors]
+        plain = [x.detach() for x in given.tensors]
         backward = (out, None, *plain[:3], out, lse, plain[3:], [], given.spec.to_text(), kernel, needs)
         opcheck(torch.ops.attnfuse.attention_backward.default, backward)
 
@@ -76,7 +76,7 @@ def test_autocast_casts_the_operands_and_leaves_the_captures(compiled: bool) -> 
 def test_dropout_is_a_function_of_the_seed() -> None:
     given = case(SPECS["dropout"], SIZES["odd"], torch.float32)
     text = given.spec.to_text()
-    outs = [attention(*given.operands[:3], [torch.tensor([seed])], [], text, "blocked")[0] for seed in (1, 1, 2)]
+    outs = [attention(*given.tensors[:3], [torch.tensor([seed])], [], text, "blocked")[0] for seed in (1, 1, 2)]
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
 
@@ -84,13 +84,13 @@ def test_dropout_is_a_function_of_the_seed() -> None:
 def test_dropout_without_a_seed_is_an_error() -> None:
     given = case(SPECS["dropout"], SIZES["odd"], torch.float32)
     with pytest.raises(BadProgram, match="needs its seed as capture 0"):
-        attention(*given.operands[:3], [], [], given.spec.to_text(), "blocked")
+        attention(*given.tensors[:3], [], [], given.spec.to_text(), "blocked")
 
 
 def test_an_unknown_kernel_is_an_error_that_names_the_known() -> None:
     given = case(SPECS["plain"], SIZES["odd"], torch.float32)
     with pytest.raises(BadInput, match=r"no kernel 'none'; there are .*blocked.*sdpa"):
-        attention(*given.operands[:3], [], [], given.spec.to_text(), "none")
+        attention(*given.tensors[:3], [], [], given.spec.to_text(), "none")
 
 
 def test_activation_checkpointing_draws_the_same_dropout() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import EntryPoint
-from typing import Any
 
 import pytest
 import torch
 
 from attnfuse.errors import BadInput, NoKernel
 from attnfuse.kernels import UNFUSED, Kernel, Operand, Problem, choose, digest, kernel, kernels, lookup, registry
+from attnfuse.operands import Operands
+from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 from tests.kernels.cases import SPECS
 
@@ -41,8 +42,8 @@ def extra() -> Iterator[type[Kernel]]:
         def cost(self, problem: Problem, target: Target) -> float:
             return 1e-12
 
-        def run(self, *operands: Any) -> torch.Tensor:
-            return operands[1]  # type: ignore[no-any-return]
+        def run(self, spec: AttentionSpec, operands: Operands) -> torch.Tensor:
+            return operands.query
 
     yield Extra
     registry._KERNELS.pop("extra", None)

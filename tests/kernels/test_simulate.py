@@ -28,29 +28,29 @@ def test_every_schedule_computes_every_spec(name: str) -> None:
     true = exact(given)
     source = written_out(given)
     if given.spec.dropout:
-        source = reference(given.spec, *given.operands[:3], given.captures)[0]
+        source = reference(given.spec, given.operands)[0]
     for schedule in SCHEDULES:
-        out = simulate(given.spec, *given.operands[:3], given.captures, [], schedule)
+        out = simulate(given.spec, given.operands, schedule)
         assert_as_exact([out], [source], [true], 8.0)
 
 
 def test_more_splits_than_tiles_leave_empty_ones_that_weigh_nothing() -> None:
     given = case(SPECS["causal"], SIZES["odd"], torch.float32)
     schedule = Schedule(algorithm="split keys", rows=16, keys=16, splits=9)
-    out = simulate(given.spec, *given.operands[:3], given.captures, [], schedule)
+    out = simulate(given.spec, given.operands, schedule)
     assert_as_exact([out], [written_out(given)], [exact(given)], 8.0)
 
 
 def test_half_types() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         given = case(SPECS["softcap, causal"], SIZES["several blocks"], dtype)
-        out = simulate(given.spec, *given.operands[:3], given.captures, [], Schedule(rows=64, keys=32))
+        out = simulate(given.spec, given.operands, Schedule(rows=64, keys=32))
         assert_as_exact([out], [written_out(given)], [exact(given)])
 
 
 def test_tiles_outside_of_the_band_are_not_visited() -> None:
     given = case(SPECS["window"], replace(SIZES["odd"], rows=64, keys=64), torch.float32)
-    simulation = Simulation(given.spec, *given.operands[:3], (), (), Schedule(rows=16, keys=16))
+    simulation = Simulation(given.spec, given.operands, Schedule(rows=16, keys=16))
     assert {rows[0]: [keys[0] for keys in simulation.tiles_of_keys(rows)] for rows in simulation.tiles_of_rows()} == {
         0: [0], 16: [0, 16], 32: [16, 32], 48: [32, 48],
     }  # fmt: skip
@@ -58,7 +58,7 @@ def test_tiles_outside_of_the_band_are_not_visited() -> None:
 
 def test_the_longest_tiles_start_first() -> None:
     given = case(SPECS["causal"], replace(SIZES["odd"], rows=40, keys=40), torch.float32)
-    simulation = Simulation(given.spec, *given.operands[:3], (), (), Schedule(rows=16, keys=16, order="longest first"))
+    simulation = Simulation(given.spec, given.operands, Schedule(rows=16, keys=16, order="longest first"))
     lengths = [len(simulation.tiles_of_keys(rows)) for rows in simulation.tiles_of_rows()]
     assert lengths == sorted(lengths, reverse=True)
 
@@ -66,7 +66,7 @@ def test_the_longest_tiles_start_first() -> None:
 def test_a_weight_program_is_refused() -> None:
     given = case(SPECS["weights squared"], SIZES["odd"], torch.float32)
     with pytest.raises(BadProgram, match="has no weights for the program 'p \\* p \\* t0'"):
-        simulate(given.spec, *given.operands[:3], given.captures, [], Schedule())
+        simulate(given.spec, given.operands, Schedule())
 
 
 def test_a_schedule_says_its_steps() -> None:

@@ -17,6 +17,7 @@ from attnfuse.kernels import differentiated as by_rows
 from attnfuse.kernels.cpu.blocks import SCORES
 from attnfuse.kernels.differentiated import weights_gradients
 from attnfuse.kernels.kernel import Kernel
+from attnfuse.operands import Operands
 from attnfuse.reference import Scope, compute_dtype, evaluate, normalised, repeat_heads, weights
 from attnfuse.score import P
 from attnfuse.spec import AttentionSpec
@@ -39,9 +40,13 @@ def of_type(of: AttentionSpec, dtype: torch.dtype) -> AttentionSpec:
     return replace(of, out_dtype=str(dtype).removeprefix("torch."))
 
 
+def of_weights(given: Case) -> Operands:
+    return Operands.of_weights(given.query, given.key, given.captures)
+
+
 def written_out(given: Case, dtype: torch.dtype) -> Tensor:
     """As a careful user writes it: the product in the operands' type, softmax in float32."""
-    scope = Scope.whole(given.query, given.key, given.captures, ())
+    scope = Scope.whole(given.operands)
     score = (given.query @ repeat_heads(given.key, given.query.shape[-3]).mT).to(compute_dtype(given.query.dtype))
     logit = evaluate(given.spec.score, replace(scope, score=score)).expand(score.shape)
     if given.spec.sink is not None:
@@ -51,7 +56,7 @@ def written_out(given: Case, dtype: torch.dtype) -> Tensor:
 
 def exact(given: Case) -> Tensor:
     wide = given.to(torch.float64)
-    return weights(replace(wide.spec, out_dtype=None), wide.query, wide.key, wide.captures)
+    return weights(replace(wide.spec, out_dtype=None), wide.operands)
 
 
 @pytest.mark.parametrize("name", SOFTMAXES)
@@ -64,7 +69,7 @@ def test_every_spec(name: str, kernel: str) -> None:
     for sizes in (*SIZES.values(), *batches.values()):
         for dtype, out in TYPES:
             given = case(of_type(SOFTMAXES[name], out), sizes, dtype)
-            found = able.weights(given.spec, given.query, given.key, given.captures, ())
+            found = able.weights(given.spec, of_weights(given))
             assert found.is_contiguous()
             assert found.dtype == out
             # a weight is no more exact than its score, which is rounded to the operands' type
@@ -84,19 +89,19 @@ def test_gradients(name: str, by: str) -> None:
 
 
 def reference(
-    spec: AttentionSpec, grad: Tensor, query: Tensor, key: Tensor, captures: Sequence[Tensor], *_: Any
+    spec: AttentionSpec, grad: Tensor, operands: Operands, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """By autograd, in one piece."""
-    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in (query, key, *captures)]
-    found = weights(of_type(spec, query.dtype), leaves[0], leaves[1], leaves[2:])
+    read = (operands.query, operands.key, *operands.captures)
+    leaves = [x.detach().requires_grad_(need) for x, need in zip(read, needs, strict=True)]
+    found = weights(of_type(spec, leaves[0].dtype), Operands.of_weights(leaves[0], leaves[1], tuple(leaves[2:])))
     floats = [leaf for leaf in leaves if leaf.requires_grad]
     return torch.autograd.grad(found, floats, grad, materialize_grads=True)
 
 
 def differentiated(given: Case, grad: Tensor, by: Gradients) -> list[Tensor]:
-    operands = (given.query, given.key, given.captures, ())
     needs = [x.is_floating_point() for x in (given.query, given.key, *given.captures)]
-    return [x for x in by(given.spec, grad, *operands, needs) if x is not None]
+    return [x for x in by(given.spec, grad, of_weights(given), needs) if x is not None]
 
 
 def test_rows_apart_have_the_gradients_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +126,7 @@ def test_scores_are_never_whole() -> None:
 
     given = case(SOFTMAXES["scaled"], Sizes((1,), 4, 4, 1100, 1100, 8, 8), torch.float32)
     with Largest() as seen:
-        found = lookup("blocked").weights(given.spec, given.query, given.key, (), ())
+        found = lookup("blocked").weights(given.spec, of_weights(given))
     seen.sizes.pop(found.untyped_storage().data_ptr())
     assert max(seen.sizes.values()) <= torch.get_num_threads() * SCORES < found.numel()
 

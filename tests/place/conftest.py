@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 from torch import Tensor
 
 from attnfuse.kernels import Problem, registry
 from attnfuse.kernels.cpu.blocked import Blocked
+from attnfuse.operands import Operands
+from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
 #: How many times as long it takes with an operand in each layout. For value: float8 on one H200.
@@ -42,9 +44,9 @@ class Picky:
                     found *= by_layout[getattr(problem, name).minor]
                 return found
 
-            def run(self, spec: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-                seen.append({"query": query.stride(), "key": key.stride(), "value": value.stride()})
-                return super().run(spec, query, key, value, *rest)
+            def run(self, spec: AttentionSpec, operands: Operands) -> Tensor:
+                seen.append({name: getattr(operands, name).stride() for name in ("query", "key", "value")})
+                return super().run(spec, operands)
 
         self.monkeypatch.setitem(registry._KERNELS, "picky", Kernel())
         return "picky"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnfuse import reference
 from attnfuse.graph import double
+from attnfuse.operands import Operands
 from tests.property.recipe import FINFO_MIN, Inputs, Recipe
 from tests.property.spell import Spelled
 from tests.support.record import recorded
@@ -55,8 +56,8 @@ def exact_result(spelled: Spelled, inputs: Inputs) -> tuple[Tensor, Tensor]:
     Those are held against each other: an added finite fill costs the source all its digits there.
     """
     recipe, exact = spelled.recipe, inputs.to(torch.float64)
-    captures = [exact.captures[arg.name] for arg in recipe.args]
-    out, lse = reference.attention(recipe.spec(torch.float64), exact.query, exact.key, exact.value, captures)
+    captures = tuple(exact.captures[arg.name] for arg in recipe.args)
+    out, lse = reference.attention(recipe.spec(torch.float64), Operands(exact.query, exact.key, exact.value, captures))
     empty = (lse < max(recipe.fill, FINFO_MIN) / 2).unsqueeze(-1).expand(out.shape)
     return spelled.leave(out), spelled.leave(empty)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnfuse import reference
 from attnfuse.graph import double
+from attnfuse.operands import Operands
 from tests.property.judge import DATA, Data, exact_result, inputs_of, nudged, otherwise_rounded, representable
 from tests.property.menu import Spelling
 from tests.property.recipe import Inputs, Recipe, Sizes
@@ -106,8 +107,8 @@ def test_gradients_are_as_good_as_the_source_s(data: st.DataObject) -> None:
 
 def _exact_gradients(spelled: Spelled, inputs: Inputs, towards: Tensor) -> tuple[Tensor, ...]:
     recipe, leaves = spelled.recipe, inputs.to(torch.float64).leaves()
-    captures = [leaves.captures[arg.name] for arg in recipe.args]
-    out, _ = reference.attention(recipe.spec(torch.float64), leaves.query, leaves.key, leaves.value, captures)
+    captures = tuple(leaves.captures[arg.name] for arg in recipe.args)
+    out, _ = reference.attention(recipe.spec(torch.float64), Operands(leaves.query, leaves.key, leaves.value, captures))
     return _gradients(spelled.leave(out), leaves, towards)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnfuse import reference
+from attnfuse.operands import Operands
 from tests.property.menu import Spelling
 from tests.property.recipe import Inputs, Recipe
 from tests.property.spell import spell
@@ -32,9 +33,9 @@ def test_spellings_compute_their_spec(data: st.DataObject) -> None:
 def assert_computes(recipe: Recipe, spelling: Spelling, inputs: Inputs) -> None:
     """Both sides in float64, where only rounding of logits (as large as a finite fill) can tell them apart."""
     spelled, inputs = spell(recipe, spelling, wide=torch.float64), inputs.to(torch.float64)
-    captures = [inputs.captures[arg.name] for arg in recipe.args]
+    captures = tuple(inputs.captures[arg.name] for arg in recipe.args)
     spec = recipe.spec(torch.float64)
-    want, _ = reference.attention(spec, inputs.query, inputs.key, inputs.value, captures)
+    want, _ = reference.attention(spec, Operands(inputs.query, inputs.key, inputs.value, captures))
     got = spelled.module(*spelled.arguments(inputs))
     added = recipe.fill if recipe.added and recipe.fill > -1e30 else 1.0
     rounding = torch.finfo(torch.float64).eps * max(1.0, abs(added))

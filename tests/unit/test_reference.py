@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from attnfuse.errors import BadProgram
+from attnfuse.operands import Operands
 from attnfuse.reference import Scope, attention, evaluate
 from attnfuse.score import ARITY, S, apply, parse
 from attnfuse.spec import AttentionSpec, Captured
@@ -16,8 +17,9 @@ from attnfuse.spec import AttentionSpec, Captured
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
-def operands(dtype: torch.dtype = torch.float64, kv_heads: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(torch.randn(2, heads, n, 8, dtype=dtype) for heads, n in ((4, 5), (kv_heads, 7), (kv_heads, 7)))  # type: ignore[return-value]
+def operands(*captures: torch.Tensor, dtype: torch.dtype = torch.float64, kv_heads: int = 4) -> Operands:
+    query, key, value = (torch.randn(2, h, n, 8, dtype=dtype) for h, n in ((4, 5), (kv_heads, 7), (kv_heads, 7)))
+    return Operands(query, key, value, captures)
 
 
 def scope(rows: int = 5, keys: int = 7, dtype: torch.dtype = torch.float64) -> Scope:
@@ -27,9 +29,9 @@ def scope(rows: int = 5, keys: int = 7, dtype: torch.dtype = torch.float64) -> S
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_scaled_attention_is_torchs(kv_heads: int, dtype: torch.dtype) -> None:
-    query, key, value = operands(dtype, kv_heads)
-    out, lse = attention(AttentionSpec(parse("0.5 * s")), query, key, value)
-    true = F.scaled_dot_product_attention(*(x.double() for x in (query, key, value)), scale=0.5, enable_gqa=True)
+    given = operands(dtype=dtype, kv_heads=kv_heads)
+    out, lse = attention(AttentionSpec(parse("0.5 * s")), given)
+    true = F.scaled_dot_product_attention(*(x.double() for x in given.qkv), scale=0.5, enable_gqa=True)
     assert out.dtype == dtype
     torch.testing.assert_close(out, true.to(dtype))
     assert lse.shape == (2, 4, 5)
@@ -37,15 +39,16 @@ def test_scaled_attention_is_torchs(kv_heads: int, dtype: torch.dtype) -> None:
 
 
 def test_a_program_by_hand() -> None:
-    query, key, value = operands()
     slopes = torch.rand(1, 4, 1, 1, dtype=torch.float64)
+    given = operands(slopes)
+    query, key, value = given.qkv
     spec = AttentionSpec(
         parse("where(n <= m + 2, 3.0 * tanh(s / 3.0) + t0 * (n - m), -inf)"), captures=(Captured(("h",), "float64"),)
     )
     m, n = torch.arange(5)[:, None], torch.arange(7)[None]
     logit = 3 * torch.tanh(query @ key.mT / 3) + slopes * (n - m)
     logit = logit.masked_fill(n > m + 2, float("-inf"))
-    out, lse = attention(spec, query, key, value, [slopes])
+    out, lse = attention(spec, given)
     torch.testing.assert_close(out, logit.softmax(-1) @ value)
     torch.testing.assert_close(lse, logit.logsumexp(-1).float())
 
@@ -60,11 +63,10 @@ def test_a_number_beyond_the_dtype_is_infinite() -> None:
 
 
 def test_a_sink_is_one_more_column() -> None:
-    query, key, value = operands()
     logits = torch.randn(1, 4, 1, 1, dtype=torch.float64)
-    out, lse = attention(
-        AttentionSpec(sink=parse("t0"), captures=(Captured(("h",), "float64"),)), query, key, value, [logits]
-    )
+    given = operands(logits)
+    query, key, value = given.qkv
+    out, lse = attention(AttentionSpec(sink=parse("t0"), captures=(Captured(("h",), "float64"),)), given)
     weight = (query @ key.mT).exp()
     total = weight.sum(-1, keepdim=True) + logits.exp()
     torch.testing.assert_close(out, weight / total @ value)
@@ -73,19 +75,19 @@ def test_a_sink_is_one_more_column() -> None:
 
 def test_a_row_without_keys_is_nan_and_with_a_sink_zero() -> None:
     nothing = AttentionSpec(parse("where(n < 0, s, -inf)"))
-    assert attention(nothing, *operands())[0].isnan().all()
-    assert not attention(replace(nothing, sink=parse("0.5")), *operands())[0].any()
+    assert attention(nothing, operands())[0].isnan().all()
+    assert not attention(replace(nothing, sink=parse("0.5")), operands())[0].any()
 
 
 def test_dropout_keeps_its_chance_and_its_mean() -> None:
     query, key, value = torch.zeros(1, 8, 64, 4), torch.zeros(1, 8, 256, 4), torch.ones(1, 8, 256, 1)
-    out, _ = attention(AttentionSpec(dropout=0.25), query, key, value, [torch.tensor([3])])
+    out, _ = attention(AttentionSpec(dropout=0.25), Operands(query, key, value, (torch.tensor([3]),)))
     # a mean of 8 * 64 * 256 draws of standard deviation sqrt(0.25 / 0.75): five standard errors
     assert abs(out.mean().item() - 1) < 5 * (0.25 / 0.75 / out.numel() / 256) ** 0.5
 
 
 def test_dropout_of_everything_is_zero() -> None:
-    assert not attention(AttentionSpec(dropout=1.0), *operands(), [torch.tensor([3])])[0].any()
+    assert not attention(AttentionSpec(dropout=1.0), operands(torch.tensor([3])))[0].any()
 
 
 def test_the_sub_block_of_a_program_is_the_block_of_its_value() -> None:

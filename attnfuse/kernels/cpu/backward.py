@@ -38,13 +38,14 @@ class Gradients:
     def __post_init__(self) -> None:
         """Room for the sums; a broadcast batch of key or value is summed over at the end."""
         call = self.call
-        shapes = [call.query.shape, *((*call.layout.batch, *x.shape[-3:]) for x in (call.key, call.value))]
-        shapes += [capture.shape for capture in call.captures]
+        query, key, value = call.operands.qkv
+        shapes = [query.shape, *((*call.layout.batch, *x.shape[-3:]) for x in (key, value))]
+        shapes += [capture.shape for capture in call.operands.captures]
         # the gradient of a small capture is a sum over very many scores, whose terms cancel
-        small = [1 in capture.shape[-2:] for capture in call.captures]
+        small = [1 in capture.shape[-2:] for capture in call.operands.captures]
         dtypes = [call.dtype] * 3 + [torch.float64 if each else call.dtype for each in small]
         self.sums = [
-            call.query.new_zeros(shape, dtype=dtype) if needed else None
+            query.new_zeros(shape, dtype=dtype) if needed else None
             for shape, dtype, needed in zip(shapes, dtypes, self.needs, strict=True)
         ]
 
@@ -52,10 +53,9 @@ class Gradients:
         """The gradients, each in its operand's shape and dtype."""
         for block, chain in self.call.blocks():
             self._block(block, chain)
-        operands = (self.call.query, self.call.key, self.call.value, *self.call.captures)
         return tuple(
             None if found is None else found.sum_to_size(operand.shape).to(operand.dtype)
-            for found, operand in zip(self.sums, operands, strict=True)
+            for found, operand in zip(self.sums, self.call.operands.tensors, strict=True)
         )
 
     def _block(self, block: Block, chain: Chain) -> None:
@@ -89,7 +89,7 @@ class Gradients:
     def _weight_gradient(self, block: Block, scope: Scope, weight: Tensor) -> Tensor:
         """The gradient of the weights, the sink's columns included; sums value's gradient."""
         call, keys = self.call, block.shape[-1]
-        grad_out, value = call.rows_of(block, self.grad_out), call.keys_of(block, call.value)
+        grad_out, value = call.rows_of(block, self.grad_out), call.keys_of(block, call.operands.value)
         room, grad = self._room(block)
         grad.copy_(torch.bmm(grad_out, value.transpose(-1, -2)).view(block.shape))
         used = weight[..., :keys]
@@ -119,13 +119,13 @@ class Gradients:
     def _products(self, block: Block, grad: Tensor) -> None:
         """Gradients of query and key from that of the raw scores, ``[lead, groups * rows, keys]``."""
         call = self.call
-        key = call.keys_of(block, call.key)
+        key = call.keys_of(block, call.operands.key)
         grad = grad.to(key.dtype)
         if self.sums[0] is not None:
             found = torch.bmm(grad, key)
             call.heads_of(block, self.sums[0]).copy_(found.view(*block.shape[:-1], -1))
         if self.sums[1] is not None:
-            self._add_keys(block, self.sums[1], grad, call.rows_of(block, call.query))
+            self._add_keys(block, self.sums[1], grad, call.rows_of(block, call.operands.query))
 
     def _add_keys(self, block: Block, total: Tensor, left: Tensor, right: Tensor) -> None:
         """``total += left^T @ right`` on the block's keys."""

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-__all__ = ["for_flash", "four_d", "summed"]
+from attnfuse.operands import Operands
+
+__all__ = ["for_flash", "four_d", "gradients"]
 
 
 def four_d(tensor: Tensor, batch: Sequence[int]) -> Tensor:
@@ -22,7 +24,17 @@ def for_flash(tensor: Tensor, batch: Sequence[int]) -> Tensor:
     return found if found.stride(-1) == 1 else found.contiguous()
 
 
-def summed(grad: Tensor, operand: Tensor, batch: Sequence[int]) -> Tensor:
+def gradients(found: Sequence[Tensor], operands: Operands, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """What a kernel's backward returns, of ATen's gradients of query, key and value; captures have none."""
+    batch = operands.query.shape[:-3]
+    wanted = zip(found, operands.qkv, needs[:3], strict=True)
+    return (
+        *(_summed(grad, x, batch) if need else None for grad, x, need in wanted),
+        *(None for _ in operands.captures),
+    )
+
+
+def _summed(grad: Tensor, operand: Tensor, batch: Sequence[int]) -> Tensor:
     """The gradient of repeated heads and expanded batches, in the operand's shape."""
     heads = operand.shape[-3]
     grad = grad.view(*batch, *grad.shape[-3:])

@@ -19,12 +19,13 @@ from attnfuse.kernels.cpu.backward import Gradients
 from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.forward import Forward
 from attnfuse.kernels.cpu.functional import attend_by_rows
-from attnfuse.kernels.cpu.weights import WeightsGradients, call_of, weights
+from attnfuse.kernels.cpu.weights import WeightsGradients, weights
 from attnfuse.kernels.differentiated import weights_gradients
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.prices import factor
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel
+from attnfuse.operands import Operands
 from attnfuse.reference import attention, is_float8
 from attnfuse.spec import AttentionSpec, Normaliser
 from attnfuse.target import Target
@@ -58,86 +59,42 @@ class Blocked(Kernel):
         """See :mod:`attnfuse.kernels.cost`."""
         return cost.blocked(problem) * factor(self.name, problem, target)
 
-    def run(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> Tensor:
+    def run(self, spec: AttentionSpec, operands: Operands) -> Tensor:
         """``out``, laid out as ``[*B, M, H, Dv]``."""
-        call = Call(spec, query, key, value, captures, symbols)
-        return attention(*call.operands)[0] if call.empty else Forward(call).run()[0]
+        call = Call(spec, operands)
+        return attention(spec, operands)[0] if call.empty else Forward(call).run()[0]
 
-    def expand(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> Tensor:
+    def expand(self, spec: AttentionSpec, operands: Operands) -> Tensor:
         """An unrolled loop over blocks of rows, of sizes that are known."""
-        return attend_by_rows(Call(spec, query, key, value, captures, symbols))
+        return attend_by_rows(Call(spec, operands))
 
-    def run_with_lse(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
+    def run_with_lse(self, spec: AttentionSpec, operands: Operands) -> tuple[Tensor, Tensor]:
         """``out`` and ``lse``."""
-        call = Call(spec, query, key, value, captures, symbols)
-        return attention(*call.operands) if call.empty else Forward(call, with_lse=True).run()
+        call = Call(spec, operands)
+        return attention(spec, operands) if call.empty else Forward(call, with_lse=True).run()
 
     def backward(
-        self,
-        spec: AttentionSpec,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-        needs: Sequence[bool],
-        residual: Residual,
+        self, spec: AttentionSpec, grad_out: Tensor, operands: Operands, needs: Sequence[bool], residual: Residual
     ) -> tuple[Tensor | None, ...]:
         """Gradients, from weights computed again block by block."""
-        call = Call(spec, query, key, value, captures, symbols, training=True)
+        call = Call(spec, operands, training=True)
         if call.empty:
-            return tuple(
-                torch.zeros_like(x) if need else None
-                for x, need in zip((query, key, value, *captures), needs, strict=True)
-            )
+            pairs = zip(operands.tensors, needs, strict=True)
+            return tuple(torch.zeros_like(x) if need else None for x, need in pairs)
         return Gradients(call, grad_out, residual.grad_lse, needs).run()
 
-    def weights(
-        self, spec: AttentionSpec, query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int]
-    ) -> Tensor:
+    def weights(self, spec: AttentionSpec, operands: Operands) -> Tensor:
         """The weights, in no more memory than they take and a block."""
-        if 0 in (*query.shape, *key.shape):
-            return reference.weights(spec, query, key, captures, symbols)
-        return weights(call_of(spec, query, key, captures, symbols))
+        if operands.scoreless:
+            return reference.weights(spec, operands)
+        return weights(Call(spec, operands))
 
     def weights_backward(
-        self,
-        spec: AttentionSpec,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-        needs: Sequence[bool],
+        self, spec: AttentionSpec, grad: Tensor, operands: Operands, needs: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         """Gradients, from weights computed again block by block."""
-        if 0 in (*query.shape, *key.shape):
-            return weights_gradients(spec, grad, query, key, captures, symbols, needs)
-        call = call_of(spec, query, key, captures, symbols, training=True)
+        if operands.scoreless:
+            return weights_gradients(spec, grad, operands, needs)
+        call = Call(spec, operands, training=True)
         for_query, for_key, _, *others = WeightsGradients(call, grad, None, needs).run()
         return for_query, for_key, *others

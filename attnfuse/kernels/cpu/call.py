@@ -13,6 +13,7 @@ from attnfuse.dropout import kept
 from attnfuse.kernels.cpu.blocks import Block, Layout, Span, blocks
 from attnfuse.kernels.cpu.chain import Chain, Step, fill_of, mask_of, steps_of
 from attnfuse.kernels.rows import MARGIN, Band, masking_band, masking_fill, rows_kept, skips_surely
+from attnfuse.operands import Operands
 from attnfuse.reference import Scope, compute_dtype, is_float8, seed_of
 from attnfuse.score import Apply, Capture, Const, Expr, P, S, Score, rewrite, walk
 from attnfuse.spec import AttentionSpec
@@ -25,40 +26,32 @@ VECTOR = 64
 
 @dataclass(frozen=True)
 class Call:
-    """The operands of one attention, shapes as in :mod:`attnfuse.spec`; ``training`` in its backward."""
+    """One attention, ``training`` in its backward."""
 
     spec: AttentionSpec
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    captures: Sequence[Tensor]
-    symbols: Sequence[int]
+    operands: Operands
     training: bool = False
-
-    @property
-    def operands(self) -> tuple[AttentionSpec, Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[int]]:
-        """What a kernel's ``run`` is given."""
-        return self.spec, self.query, self.key, self.value, self.captures, self.symbols
 
     @property
     def empty(self) -> bool:
         """Whether there is no score, or no output."""
-        return 0 in (*self.query.shape[:-1], *self.key.shape[:-1], self.value.shape[-1])
+        query, key, value = self.operands.qkv
+        return 0 in (*query.shape[:-1], *key.shape[:-1], value.shape[-1])
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """The type of scores and weights."""
-        return compute_dtype(self.query.dtype)
+        return compute_dtype(self.operands.query.dtype)
 
     @property
     def half(self) -> bool:
         """Whether products are rounded to bfloat16 before they are scores; those of float16 are not."""
-        return self.query.dtype == torch.bfloat16 and not self._wide
+        return self.operands.query.dtype == torch.bfloat16 and not self._wide
 
     @cached_property
     def _wide(self) -> bool:
         """Whether bfloat16 is multiplied as float32: scores are exact, or there are float8 to multiply it with."""
-        return self.spec.exact_scores or any(is_float8(x.dtype) for x in (self.query, self.key, self.value))
+        return self.spec.exact_scores or any(is_float8(x.dtype) for x in self.operands.qkv)
 
     @cached_property
     def selects(self) -> bool:
@@ -71,9 +64,9 @@ class Call:
         """Whether a step changes no score but those that it masks, by a constant that the half type holds."""
         match step:
             case Step("where", 1 | 2, (_, Const(fill))):
-                return _holds(self.query.dtype, fill)
+                return _holds(self.operands.query.dtype, fill)
         added = fill_of(step)
-        return added is not None and _holds(self.query.dtype, added)
+        return added is not None and _holds(self.operands.query.dtype, added)
 
     @property
     def _sink_is_half(self) -> bool:
@@ -81,7 +74,7 @@ class Call:
             case None:
                 return True
             case Capture(slot):
-                return self.captures[slot].dtype == self.query.dtype
+                return self.operands.captures[slot].dtype == self.operands.query.dtype
         return False
 
     def columns(self, keys: int, dtype: torch.dtype) -> int:
@@ -102,8 +95,8 @@ class Call:
     @cached_property
     def layout(self) -> Layout:
         """The sizes that blocks are cut from."""
-        *batch, heads, rows, _ = self.query.shape
-        kv_heads, keys, _ = self.key.shape[-3:]
+        *batch, heads, rows, _ = self.operands.query.shape
+        kv_heads, keys, _ = self.operands.key.shape[-3:]
         return Layout(tuple(batch), kv_heads, heads // kv_heads, rows, keys)
 
     @cached_property
@@ -120,18 +113,18 @@ class Call:
     @cached_property
     def rows_kept(self) -> bool:
         """Whether every row is proven to keep a key."""
-        return rows_kept(self.spec, self.layout.rows, self.layout.keys, self.symbols)
+        return rows_kept(self.spec, self.layout.rows, self.layout.keys, self.operands.symbols)
 
     @cached_property
     def band(self) -> Band:
         """The band of the mask: keys outside have weight zero, in rows that keep a key."""
-        return masking_band(self.spec, tuple(self.symbols))
+        return masking_band(self.spec, self.operands.symbols)
 
     @cached_property
     def certain(self) -> bool:
         """Whether leaving out keys outside of the band is right even without looking at the logits."""
         rows, keys = self.layout.rows, self.layout.keys
-        return skips_surely(self.spec, rows, keys, self.symbols, training=self.training)
+        return skips_surely(self.spec, rows, keys, self.operands.symbols, training=self.training)
 
     @property
     def proven_band(self) -> Band:
@@ -156,12 +149,13 @@ class Call:
 
     def scope(self, block: Block) -> Scope:
         """What programs read on a block, without scores."""
-        return Scope(block.spans, self.captures, self.symbols, self.dtype, self.query.device)
+        operands = self.operands
+        return Scope(block.spans, operands.captures, operands.symbols, self.dtype, operands.query.device)
 
     def kept(self, block: Block) -> Tensor:
         """Dropout's mask on a block, scaled: 0 or ``1 / (1 - p)``."""
         p = self.spec.dropout
-        mask = kept(seed_of(self.spec, self.captures), p, self.scope(block).indices())
+        mask = kept(seed_of(self.spec, self.operands.captures), p, self.scope(block).indices())
         return mask.to(self.dtype).mul_(1 / (1 - p) if p < 1 else 0.0)
 
     def heads_of(self, block: Block, tensor: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ then, as in the source. (Behind a finite fill the source weighs the masked keys 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -28,6 +27,7 @@ from attnfuse.kernels.cpu.stored import stored
 from attnfuse.kernels.kernel import Kernel
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel
+from attnfuse.operands import Operands
 from attnfuse.score import P
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
@@ -69,21 +69,13 @@ class Flex(Kernel):
         """Always: run eagerly, the operator is dense."""
         return True
 
-    def run(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> Tensor:
+    def run(self, spec: AttentionSpec, operands: Operands) -> Tensor:
         """``out``, laid out as ``[*B, M, H, Dv]``."""
-        rows, keys = query.shape[-2], key.shape[-2]
-        parts, batch = split(spec, rows, keys), tuple(query.shape[:-3])
+        batch, rows, keys = tuple(operands.query.shape[:-3]), operands.query.shape[-2], operands.key.shape[-2]
+        parts = split(spec, rows, keys)
         poisoned = parts.trusted if spec.empty_rows == "nan" else frozenset()
-        score, mask = (Modification(spec, program, batch, captures) for program in (parts.score, parts.keep))
-        query, key, value = (four_d(operand, batch) for operand in (query, key, value))
+        score, mask = (Modification(spec, program, batch, operands.captures) for program in (parts.score, parts.keep))
+        query, key, value = (four_d(operand, batch) for operand in operands.qkv)
         out, *_ = flex_attention(
             query,
             key,

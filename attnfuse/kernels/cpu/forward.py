@@ -48,7 +48,7 @@ KEPT = 1 << 23
 
 def products(call: Call, block: Block, room: Tensor) -> Tensor:
     """``alpha * query . key`` on a block, ``[lead, groups * rows, keys]``, written to ``room``."""
-    query, key = call.rows_of(block, call.query), call.keys_of(block, call.key)
+    query, key = call.rows_of(block, call.operands.query), call.keys_of(block, call.operands.key)
     target = room.view(block.lead, -1, block.shape[-1])
     return torch.baddbmm(target, query, key.transpose(-1, -2), beta=0, alpha=call.alpha, out=target)
 
@@ -57,8 +57,9 @@ def scores(call: Call, block: Block, dtype: torch.dtype) -> Tensor:
     """The scores of a block times ``call.alpha``, ``[*B, H, M, N]``, with room for a sink behind them."""
     *rows, keys = block.shape
     room = WORKSPACE.take("scores", (*rows, call.columns(keys, dtype)), dtype)
-    if call.half and dtype != call.query.dtype:
-        product = WORKSPACE.take("product", block.shape, call.query.dtype)
+    own = call.operands.query.dtype
+    if call.half and dtype != own:
+        product = WORKSPACE.take("product", block.shape, own)
         room[..., :keys].copy_(products(call, block, product).view(block.shape))
     else:
         products(call, block, room[..., :keys])
@@ -113,11 +114,11 @@ class Forward:
     def run(self) -> tuple[Tensor, Tensor]:
         """``out`` and ``lse``."""
         call = self.call
-        *batch, heads, rows, _ = call.query.shape
-        size = call.value.shape[-1]
-        dtype = out_dtype(call.spec, call.value.dtype)
-        out = call.value.new_empty((*batch, rows, heads, size), dtype=dtype).transpose(-3, -2)
-        lse = call.query.new_empty((*batch, heads, rows) if self.with_lse else 0, dtype=torch.float32)
+        query, _, value = call.operands.qkv
+        *batch, heads, rows, _ = query.shape
+        dtype = out_dtype(call.spec, value.dtype)
+        out = value.new_empty((*batch, rows, heads, value.shape[-1]), dtype=dtype).transpose(-3, -2)
+        lse = query.new_empty((*batch, heads, rows) if self.with_lse else 0, dtype=torch.float32)
         for block, chain in call.blocks():
             found, sums = self._block(block, chain)
             call.heads_of(block, out).copy_(found)
@@ -129,12 +130,12 @@ class Forward:
     def _stored(self) -> torch.dtype:
         """The type of logits and weights in memory; a softmax computes in float32 either way."""
         narrow = self.call.selects and not self.with_lse
-        return self.call.query.dtype if narrow else self.call.dtype
+        return self.call.operands.query.dtype if narrow else self.call.dtype
 
     def _block(self, block: Block, chain: Chain) -> tuple[Tensor, Tensor | None]:
         call = self.call
         block, used, lse = self._weights(block, chain)
-        value = call.keys_of(block, call.value)
+        value = call.keys_of(block, call.operands.value)
         if used.dtype != value.dtype:
             used = WORKSPACE.take("used", used.shape, value.dtype).copy_(used)
         out = torch.bmm(used, value)

@@ -21,16 +21,17 @@ UNROLLED = 1 << 24
 def attend(call: Call, block: Block) -> Tensor:
     """``out`` of a block, ``[*B, H, M, Dv]`` of the block's spans; key and value heads are not repeated."""
     spec, scope, keys = call.spec, call.scope(block), block.shape[-1]
-    query, key = call.rows_of(block, call.query), call.keys_of(block, call.key)
+    query, key = call.rows_of(block, call.operands.query), call.keys_of(block, call.operands.key)
     score = torch.bmm(query, key.transpose(-1, -2)).view(block.shape).to(call.dtype)
     logit = evaluate(spec.score, replace(scope, score=score)).to(call.dtype).expand(block.shape)
     if spec.sink is not None:
         sink = evaluate(spec.sink, scope).to(call.dtype)
         logit = torch.cat([logit, sink.expand(*block.shape[:-1], 1)], dim=-1)
     weight = normalised(spec, logit)[..., :keys]
-    value = call.keys_of(block, call.value)
+    value = call.keys_of(block, call.operands.value)
     used = weighed(call, block, weight).to(value.dtype).reshape(block.lead, query.shape[-2], keys)
-    return torch.bmm(used, value).view(*block.shape[:-1], value.shape[-1]).to(out_dtype(spec, call.value.dtype))
+    out = torch.bmm(used, value).view(*block.shape[:-1], value.shape[-1])
+    return out.to(out_dtype(spec, call.operands.value.dtype))
 
 
 def attend_whole(call: Call) -> Tensor:
@@ -43,7 +44,7 @@ def attend_whole(call: Call) -> Tensor:
 
 def attend_by_rows(call: Call) -> Tensor:
     """``out`` as an unrolled loop over blocks of rows; in one block where a size is symbolic."""
-    if not all(isinstance(size, int) for size in (*call.query.shape, *call.key.shape)):
+    if not all(isinstance(size, int) for size in (*call.operands.query.shape, *call.operands.key.shape)):
         return attend_whole(call)
     found = [attend(call, block) for block in row_blocks(call.layout, call.proven_band, UNROLLED)]
     return found[0] if len(found) == 1 else torch.cat(found, dim=-2)

@@ -21,12 +21,13 @@ from torch import Tensor
 from attnfuse.errors import BadProgram
 from attnfuse.form import ABSORBING, Form, form_of
 from attnfuse.kernels import cost
-from attnfuse.kernels.cpu.batches import for_flash, four_d, summed
+from attnfuse.kernels.cpu.batches import for_flash, four_d, gradients
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.prices import factor
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel, lookup
 from attnfuse.kernels.rows import Band, band_of, rows_kept
+from attnfuse.operands import Operands
 from attnfuse.reference import Scope, attention, evaluate, repeat_heads
 from attnfuse.score import Const, Expr, P, apply, text
 from attnfuse.spec import AttentionSpec
@@ -66,48 +67,25 @@ class Sdpa(Kernel):
         known = problem.compiled and not problem.dynamic and not problem.autocast
         return known and not _mask_of(problem.spec)
 
-    def run(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> Tensor:
+    def run(self, spec: AttentionSpec, operands: Operands) -> Tensor:
         """``out``, laid out as ``[*B, M, H, Dv]``."""
-        out, mask = _called(spec, query, key, value, captures, symbols)
+        out, mask = _called(spec, operands)
         # a row that keeps nothing does not keep the first key, and one key is looked at sooner than all
         if mask is None or not bool(mask[..., 0].isneginf().any()):
             return out
         return _emptied(out, mask)
 
-    def expand(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> Tensor:
+    def expand(self, spec: AttentionSpec, operands: Operands) -> Tensor:
         """The same, every key looked at."""
-        out, mask = _called(spec, query, key, value, captures, symbols)
+        out, mask = _called(spec, operands)
         return out if mask is None else _emptied(out, mask)
 
-    def run_with_lse(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
+    def run_with_lse(self, spec: AttentionSpec, operands: Operands) -> tuple[Tensor, Tensor]:
         """``out`` and ``lse``, of plain and causal attention; any other is computed without SDPA."""
-        if _mask_of(spec) or 0 in (*query.shape, *key.shape, *value.shape):
-            return lookup("blocked").run_with_lse(spec, query, key, value, captures, symbols)
-        out, lse = _flash(spec, query, key, value)
+        if _mask_of(spec) or operands.empty:
+            return lookup("blocked").run_with_lse(spec, operands)
+        query, key = operands.query, operands.key
+        out, lse = _flash(spec, operands)
         batch = query.shape[:-3]
         out, lse = out.view(*batch, *out.shape[-3:]), lse.reshape(query.shape[:-1]).to(torch.float32)
         if _has_many(key):
@@ -116,53 +94,34 @@ class Sdpa(Kernel):
         return torch.where(lost.unsqueeze(-1), float("nan"), out), lse.masked_fill(lost, float("nan"))
 
     def backward(
-        self,
-        spec: AttentionSpec,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-        needs: Sequence[bool],
-        residual: Residual,
+        self, spec: AttentionSpec, grad_out: Tensor, operands: Operands, needs: Sequence[bool], residual: Residual
     ) -> tuple[Tensor | None, ...]:
         """ATen's flash backward of plain and causal attention, and the blocked kernel's of any other."""
-        if residual.grad_lse is not None or _mask_of(spec) or 0 in (*query.shape, *key.shape, *value.shape):
-            other = lookup("blocked")
-            return other.backward(spec, grad_out, query, key, value, captures, symbols, needs, residual)
-        batch, heads = query.shape[:-3], query.shape[-3]
+        if residual.grad_lse is not None or _mask_of(spec) or operands.empty:
+            return lookup("blocked").backward(spec, grad_out, operands, needs, residual)
+        query = operands.query
+        batch = query.shape[:-3]
         if residual.lse is None or query.dtype == torch.float64:  # our lse is float32
-            out, lse = _flash(spec, query, key, value)
+            out, lse = _flash(spec, operands)
         else:
             out, lse = four_d(residual.out, batch), residual.lse.reshape(-1, *residual.lse.shape[-2:])
-        operands = [for_flash(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
         grads = _flash_backward(
-            for_flash(grad_out, batch), *operands, out, lse, 0.0, is_causal(spec), scale=scale_of(spec)
+            for_flash(grad_out, batch), *_for_flash(operands), out, lse, 0.0, is_causal(spec), scale=scale_of(spec)
         )
-        wanted = zip(grads, (query, key, value), needs[:3], strict=True)
-        found = [summed(grad, x, batch) if need else None for grad, x, need in wanted]
-        return (*found, *(None for _ in captures))
+        return gradients(grads, operands, needs)
 
 
-def _called(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor],
-    symbols: Sequence[int],
-) -> tuple[Tensor, Tensor | None]:
+def _called(spec: AttentionSpec, operands: Operands) -> tuple[Tensor, Tensor | None]:
     """What SDPA makes of the operands, and the mask of which it may have emptied rows."""
-    if 0 in (*query.shape, *key.shape, *value.shape):
-        return attention(spec, query, key, value, captures, symbols)[0], None
-    causal = is_causal(spec)
-    mask = None if causal else _mask(_form(spec), query, key, captures, symbols)
+    if operands.empty:
+        return attention(spec, operands)[0], None
+    causal, query, key = is_causal(spec), operands.query, operands.key
+    mask = None if causal else _mask(_form(spec), operands)
     batch = query.shape[:-3]
     out = F.scaled_dot_product_attention(
         four_d(query, batch),
         four_d(key, batch),
-        four_d(value, batch),
+        four_d(operands.value, batch),
         attn_mask=None if mask is None else four_d(mask, batch),
         is_causal=causal,
         scale=scale_of(spec),
@@ -171,7 +130,7 @@ def _called(
     out = out.view(*batch, *out.shape[-3:])
     if mask is None and not _has_many(key):
         return torch.where(_nan_rows(query, key).unsqueeze(-1), float("nan"), out), None
-    kept = spec.empty_rows == "zero" or rows_kept(spec, query.shape[-2], key.shape[-2], symbols)
+    kept = spec.empty_rows == "zero" or rows_kept(spec, query.shape[-2], key.shape[-2], operands.symbols)
     return out, None if kept else mask
 
 
@@ -184,12 +143,16 @@ _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _flash(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _flash(spec: AttentionSpec, operands: Operands) -> tuple[Tensor, Tensor]:
     """ATen's own ``out [B, H, M, D]`` and ``lse [B, H, M]``, which SDPA keeps to itself."""
-    batch, heads = query.shape[:-3], query.shape[-3]
-    operands = [for_flash(x, batch) for x in (query, repeat_heads(key, heads), repeat_heads(value, heads))]
-    out, lse = _flash_forward(*operands, 0.0, is_causal(spec), scale=scale_of(spec))
+    out, lse = _flash_forward(*_for_flash(operands), 0.0, is_causal(spec), scale=scale_of(spec))
     return out, lse
+
+
+def _for_flash(operands: Operands) -> tuple[Tensor, ...]:
+    """Query, key and value as ATen's flash attention takes them, heads repeated."""
+    *batch, heads = operands.query.shape[:-2]
+    return tuple(for_flash(repeat_heads(x, heads), batch) for x in operands.qkv)
 
 
 # --- what it refuses --------------------------------------------------------------------------------
@@ -263,16 +226,16 @@ def is_causal(spec: AttentionSpec) -> bool:
     return certain and band.exact and (band.left, band.right) == (None, 0)
 
 
-def _mask(form: Form, query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int]) -> Tensor | None:
+def _mask(form: Form, operands: Operands) -> Tensor | None:
     """Biases and masks as one additive tensor that broadcasts against the scores."""
     masks = [apply("where", conjunct, Const(0.0), Const(form.fill)) for conjunct in form.keep]
-    scope = Scope.whole(query, key, captures, symbols)
+    scope = Scope.whole(operands)
     found: Tensor | None = None
     for part in (*form.bias, *masks):
         value = evaluate(part, scope).to(scope.dtype)
         found = value if found is None else found + value
     # a constant that is added has no dimensions yet
-    return None if found is None else found.reshape(*[1] * (query.dim() - found.dim()), *found.shape)
+    return None if found is None else found.reshape(*[1] * (operands.query.dim() - found.dim()), *found.shape)
 
 
 #: A vector register holds no more numbers. ATen's maximum of a row forgets NaN in what does not fill one.

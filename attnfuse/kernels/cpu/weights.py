@@ -6,7 +6,6 @@ is NaN throughout, as in the written-out program, or nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,29 +15,16 @@ from attnfuse.kernels.cpu.blocks import Block
 from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.forward import logits, weights_
 from attnfuse.reference import Scope, weights_dtype
-from attnfuse.spec import AttentionSpec
 
-__all__ = ["WeightsGradients", "call_of", "weights"]
-
-
-def call_of(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    captures: Sequence[Tensor],
-    symbols: Sequence[int],
-    *,
-    training: bool = False,
-) -> Call:
-    """The call of a value without columns."""
-    return Call(spec, query, key, key[..., :0], captures, symbols, training)
+__all__ = ["WeightsGradients", "weights"]
 
 
 def weights(call: Call) -> Tensor:
-    """``[*B, H, M, N]``, contiguous; there is a row and a key."""
-    dtype = weights_dtype(call.spec, call.query.dtype)
-    out = call.query.new_empty((*call.query.shape[:-1], call.layout.keys), dtype=dtype)
-    stored = dtype if call.selects and dtype == call.query.dtype else call.dtype
+    """``[*B, H, M, N]``, contiguous; there is a row and a key, and value has no columns."""
+    query = call.operands.query
+    dtype = weights_dtype(call.spec, query.dtype)
+    out = query.new_empty((*query.shape[:-1], call.layout.keys), dtype=dtype)
+    stored = dtype if call.selects and dtype == query.dtype else call.dtype
     for each, chain in call.blocks():
         block, logit = logits(call, each, chain, stored)
         first, last = block.keys

@@ -66,10 +66,10 @@ _PLANS: dict[Any, tuple[AttentionSpec, BackwardPlan]] = {}
 
 def backward_planned(gradients: Gradients, read: Sequence[Tensor]) -> BackwardPlan:
     """The plan of one backward, whose query, key, value and output's gradient are loaded from ``read``, 4-D."""
-    spec, captures = gradients.spec, gradients.captures[: len(gradients.spec.captures)]
+    spec, captures = gradients.spec, gradients.operands.captures[: len(gradients.spec.captures)]
     facts = tuple((x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in (*read, *captures))
     # hashing a spec walks its programs; the table keeps the spec alive, so its id stays its own
-    key = (id(spec), facts, tuple(gradients.symbols), tuple(gradients.needs), read[0].device.index)
+    key = (id(spec), facts, gradients.operands.symbols, tuple(gradients.needs), read[0].device.index)
     found = _PLANS.get(key)
     if found is None:
         found = _PLANS[key] = (spec, _made(gradients, read))
@@ -78,13 +78,13 @@ def backward_planned(gradients: Gradients, read: Sequence[Tensor]) -> BackwardPl
 
 def backward_sourced(gradients: Gradients, meta: BackwardMeta | None = None) -> tuple[BackwardSource, BodyPrograms]:
     """What is to be compiled, and the programs it is made of."""
-    spec, symbols = gradients.spec, len(gradients.symbols)
-    captures = gradients.captures[: len(spec.captures)]
-    chosen = meta or backward_meta(gradients.query.shape[-1], gradients.value.shape[-1])
+    spec, symbols = gradients.spec, len(gradients.operands.symbols)
+    captures = gradients.operands.captures[: len(spec.captures)]
+    chosen = meta or backward_meta(gradients.operands.query.shape[-1], gradients.operands.value.shape[-1])
     schedule = Schedule(rows=chosen.block_m, keys=chosen.block_n)
     facts = backward_plan(*gradients.geometry, schedule, *gradients.compiled_for)
-    rows, keys = gradients.query.shape[-2], gradients.key.shape[-2]
-    programs = body_programs(spec, facts, rows, keys, tuple(gradients.symbols), listed=rows >= LISTED)
+    rows, keys = gradients.operands.query.shape[-2], gradients.operands.key.shape[-2]
+    programs = body_programs(spec, facts, rows, keys, gradients.operands.symbols, listed=rows >= LISTED)
     memories = tuple(map(memory_of, captures))
     # what the copy engine cannot load has no stride that it could load by
     strides = [x.strides if x.aligned else (0,) for x in memories]
@@ -97,7 +97,7 @@ def backward_sourced(gradients: Gradients, meta: BackwardMeta | None = None) -> 
 
     source = BackwardSource(
         _with_facts(chosen, gradients, facts, programs, reads),
-        TYPES[gradients.query.dtype],
+        TYPES[gradients.operands.query.dtype],
         written(programs.bare),
         written(programs.pulled),
         None if programs.mask is None else written(programs.score),
@@ -158,14 +158,14 @@ def _with_facts(
 
 def _crowded(gradients: Gradients, slot: int, programs: BodyPrograms) -> bool:
     """Whether a panel, or what is handed to the warps beside one, leaves no room for three tiles of queries."""
-    captures = gradients.spec.captures
-    return gradients.captures[slot].dtype == torch.float32 or programs.mask is not None or len(captures) > MOST_BESIDE
+    wide = gradients.operands.captures[slot].dtype == torch.float32
+    return wide or programs.mask is not None or len(gradients.spec.captures) > MOST_BESIDE
 
 
 def _added(gradients: Gradients, programs: BodyPrograms, slot: int) -> int:
     """Tiles that are added to make one of a panel's gradient, of the panel's own type; 0 where the body makes none."""
-    panel, query = gradients.captures[slot], gradients.query
-    keys = gradients.key.shape[-2]
+    panel, query = gradients.operands.captures[slot], gradients.operands.query
+    keys = gradients.operands.key.shape[-2]
     # the copy engine stores in steps of 16 bytes
     fits = panel.dtype == query.dtype and keys * panel.dtype.itemsize % 16 == 0
     if not (gradients.needs[3 + slot] and any(gradients.needs[:3]) and fits and programs.summand(slot)):
@@ -193,12 +193,12 @@ def _made(gradients: Gradients, read: Sequence[Tensor]) -> BackwardPlan:
         run=build_backward(source)[(pairs * key_tiles, 1, 1)],
         device=query.device.index,
         layouts=(*map(layout_of, read), (added, (256, 1)), *map(_dense, read[1:3])),
-        panel=None if slot is None else (slot, layout_of(gradients.captures[slot])),
+        panel=None if slot is None else (slot, layout_of(gradients.operands.captures[slot])),
         gradient=source.meta.panel_gradient,
         visited=not (source.meta.panel_added or source.meta.left or source.meta.right or source.meta.listed),
         captures=len(gradients.spec.captures),
         # programs and meta are compiled in
-        numbers=(steps, tuple(gradients.symbols), *sizes, programs.exponent, programs.factor, None, None),
+        numbers=(steps, gradients.operands.symbols, *sizes, programs.exponent, programs.factor, None, None),
         added=added,
         tile=tile,
         factor=programs.factor,
@@ -213,7 +213,7 @@ def _listing(gradients: Gradients, meta: BackwardMeta, programs: BodyPrograms, s
     spec, captures = gradients.spec, gradients.memories[3:]
     wide = any(step * size >= 2**31 for x in captures for size, step in zip(x.shape, x.strides, strict=True))
     steps = capture_strides(spec, captures)
-    keys, symbols = gradients.key.shape[-2], tuple(gradients.symbols)
+    keys, symbols = gradients.operands.key.shape[-2], gradients.operands.symbols
     return row_tiles_of(programs.mask, spec, meta, shape, keys, gradients.band, steps, symbols, wide=wide)
 
 

@@ -28,7 +28,7 @@ class HopperGradients(Gradients):
 
     def run(self) -> tuple[Tensor | None, ...]:
         """The gradients, each in its operand's shape and dtype; None where it is not asked for."""
-        with on_device(self.query.device):
+        with on_device(self.operands.query.device):
             sums = self._sums()
             found: list[Tensor | None] = [None, None, None]
             panel: tuple[int, Tensor] | None = None
@@ -44,14 +44,14 @@ class HopperGradients(Gradients):
 
     def _of_operands(self, sums: Sums) -> tuple[list[Tensor | None], tuple[int, Tensor] | None]:
         """The gradients of query, key and value; and of the panel, where it is that of the scores."""
-        originals = self.query, self.key, self.value
+        originals = self.operands.qkv
         read = [_loadable(_four(x)) for x in (*originals, self.grad_out)]
         plan = backward_planned(self, read)
         query, key, value = map(_room, read[:3])
         # blocks add to it
         added = query.new_zeros(plan.added, dtype=torch.float32)
-        panel = _panel_room(plan, self.captures)
-        _launch(plan, read, added, panel, (key, value), sums, self.captures)
+        panel = _panel_room(plan, self.operands.captures)
+        _launch(plan, read, added, panel, (key, value), sums, self.operands.captures)
         _finish(plan, added, query)
         found = [x if like.dim() == 4 else x[0] for x, like in zip((query, key, value), originals, strict=True)]
         return list(found), panel

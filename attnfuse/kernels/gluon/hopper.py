@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from typing import ClassVar
@@ -20,6 +21,7 @@ from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel, lookup
 from attnfuse.kernels.triton import untranslatable
+from attnfuse.operands import Operands
 from attnfuse.reference import attention, is_float8
 from attnfuse.spec import AttentionSpec, axes_of
 from attnfuse.target import Target
@@ -59,92 +61,47 @@ class Gluon(Kernel):
             return ()
         return choices(problem.query.shape[-1], problem.value.shape[-1], narrow=narrow)
 
-    def run_by(
-        self,
-        schedule: Meta,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> Tensor:
+    def run_by(self, schedule: Meta, spec: AttentionSpec, operands: Operands) -> Tensor:
         """``out`` by these choices."""
-        return _forward(spec, query, key, value, captures, symbols, with_lse=False, meta=schedule)[0]
+        return _forward(spec, operands, with_lse=False, meta=schedule)[0]
 
-    def run(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> Tensor:
+    def run(self, spec: AttentionSpec, operands: Operands) -> Tensor:
         """``out``, laid out as ``[*B, M, H, Dv]``."""
-        if 0 in (*query.shape, *key.shape, *value.shape):
-            return attention(spec, query, key, value, captures, symbols)[0]
-        out, _ = _forward(spec, query, key, value, captures, symbols, with_lse=False)
-        return out
+        return attention(spec, operands)[0] if operands.empty else _forward(spec, operands, with_lse=False)[0]
 
-    def run_with_lse(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
+    def run_with_lse(self, spec: AttentionSpec, operands: Operands) -> tuple[Tensor, Tensor]:
         """``out`` and ``lse``."""
-        if 0 in (*query.shape, *key.shape, *value.shape):
-            return attention(spec, query, key, value, captures, symbols)
-        out, lse = _forward(spec, query, key, value, captures, symbols, with_lse=True)
+        if operands.empty:
+            return attention(spec, operands)
+        out, lse = _forward(spec, operands, with_lse=True)
         assert lse is not None
         return out, lse
 
     def backward(
-        self,
-        spec: AttentionSpec,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-        needs: Sequence[bool],
-        residual: Residual,
+        self, spec: AttentionSpec, grad_out: Tensor, operands: Operands, needs: Sequence[bool], residual: Residual
     ) -> tuple[Tensor | None, ...]:
         """Gradients in five products a tile; those of the kernel ``triton`` where :func:`declined` has a reason."""
-        shapes = (query.shape, key.shape, value.shape)
-        if 0 in (*query.shape, *key.shape, *value.shape) or declined(spec, *shapes):
-            other = lookup(BACKWARD)
-            return other.backward(spec, grad_out, query, key, value, captures, symbols, needs, residual)
+        if operands.empty or declined(spec, *(x.shape for x in operands.qkv)):
+            return lookup(BACKWARD).backward(spec, grad_out, operands, needs, residual)
         if residual.lse is None:
-            out, lse = _forward(spec, query, key, value, captures, symbols, with_lse=True)
+            out, lse = _forward(spec, operands, with_lse=True)
             residual = Residual(out, lse, residual.grad_lse)
         from attnfuse.kernels.gluon.gradients import HopperGradients  # noqa: PLC0415 - see _forward
 
-        return HopperGradients(spec, grad_out, query, key, value, captures, symbols, needs, residual).run()
+        return HopperGradients(spec, grad_out, operands, needs, residual).run()
 
 
 def _forward(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor],
-    symbols: Sequence[int],
-    *,
-    with_lse: bool,
-    meta: Meta | None = None,
+    spec: AttentionSpec, operands: Operands, *, with_lse: bool, meta: Meta | None = None
 ) -> tuple[Tensor, Tensor | None]:
     # Triton is imported where it runs, so that a machine without it can still be told why not
     from attnfuse.kernels.gluon.launch import forward  # noqa: PLC0415
 
     if spec.batch:
-        return forward(spec, query, key, value, captures, symbols, with_lse=with_lse, meta=meta)
-    out, lse = forward(spec, query[None], key[None], value[None], captures, symbols, with_lse=with_lse, meta=meta)
+        return forward(spec, operands, with_lse=with_lse, meta=meta)
+    query, key, value = (x[None] for x in operands.qkv)
+    batched = replace(operands, query=query, key=key, value=value)
+    out, lse = forward(spec, batched, with_lse=with_lse, meta=meta)
     return out[0], None if lse is None else lse[0]
 
 

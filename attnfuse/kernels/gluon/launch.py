@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnfuse.kernels.gluon.meta import Meta
 from attnfuse.kernels.gluon.plan import Facts, Plan, planned
+from attnfuse.operands import Operands
 from attnfuse.reference import is_float8, out_dtype
 from attnfuse.spec import AttentionSpec
 
@@ -20,28 +21,20 @@ __all__ = ["forward"]
 
 
 def forward(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor],
-    symbols: Sequence[int],
-    *,
-    with_lse: bool = False,
-    meta: Meta | None = None,
+    spec: AttentionSpec, operands: Operands, *, with_lse: bool = False, meta: Meta | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """``out [B, H, M, Dv]``, laid out as ``[B, M, H, Dv]``, and ``lse [B, H, M]``; operands have four dimensions.
 
     ``meta`` overrides the tuned choices, for measurements.
     """
-    query, key, value = _loadable(query), *loadable_keys(key, value)
-    captures = [x if x.data_ptr() % 16 == 0 else x.clone() for x in captures]
+    query, key, value = _loadable(operands.query), *loadable_keys(operands.key, operands.value)
+    captures = [x if x.data_ptr() % 16 == 0 else x.clone() for x in operands.captures]
     batch, heads, rows, _ = query.shape
     dtype = out_dtype(spec, value.dtype)
     out = query.new_empty((batch, rows, heads, value.shape[-1]), dtype=dtype).transpose(1, 2)
     lse = query.new_empty((batch, heads, rows), dtype=torch.float32) if with_lse else None
     facts: Facts = tuple((x.shape, x.stride(), x.dtype) for x in (query, key, value, *captures))
-    plan = planned(spec, facts, tuple(symbols), query.device.index, with_lse, meta)
+    plan = planned(spec, facts, operands.symbols, query.device.index, with_lse, meta)
     _launch(plan, (query, key, value, out), lse, captures)
     return out, lse
 

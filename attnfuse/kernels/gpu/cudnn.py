@@ -12,12 +12,13 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.utils._python_dispatch import _disable_current_modes  # torch offers no public way to leave all modes
 
 from attnfuse.form import form_of
-from attnfuse.kernels.cpu.batches import four_d, summed
+from attnfuse.kernels.cpu.batches import four_d, gradients
 from attnfuse.kernels.cpu.sdpa import Sdpa, is_causal, scale_of
 from attnfuse.kernels.gpu import cost
 from attnfuse.kernels.kernel import Residual
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel, lookup
+from attnfuse.operands import Operands
 from attnfuse.reference import attention
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
@@ -53,55 +54,26 @@ class Cudnn(Sdpa):
         """See :mod:`attnfuse.kernels.gpu.cost`."""
         return cost.cudnn(problem, target)
 
-    def run(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> Tensor:
+    def run(self, spec: AttentionSpec, operands: Operands) -> Tensor:
         """``out``."""
-        if 0 in (*query.shape, *key.shape, *value.shape):
-            return attention(spec, query, key, value, captures, symbols)[0]
-        return _forward(spec, query, key, value, with_lse=False)[0]
+        return attention(spec, operands)[0] if operands.empty else _forward(spec, operands, with_lse=False)[0]
 
-    def run_with_lse(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
+    def run_with_lse(self, spec: AttentionSpec, operands: Operands) -> tuple[Tensor, Tensor]:
         """``out`` and ``lse``."""
-        if 0 in (*query.shape, *key.shape, *value.shape):
-            return attention(spec, query, key, value, captures, symbols)
-        return _forward(spec, query, key, value, with_lse=True)
+        return attention(spec, operands) if operands.empty else _forward(spec, operands, with_lse=True)
 
     def backward(
-        self,
-        spec: AttentionSpec,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-        needs: Sequence[bool],
-        residual: Residual,
+        self, spec: AttentionSpec, grad_out: Tensor, operands: Operands, needs: Sequence[bool], residual: Residual
     ) -> tuple[Tensor | None, ...]:
         """The backward of cuDNN, of the lse that the forward kept; our own where a gradient reached the lse."""
+        if residual.grad_lse is not None or operands.empty:
+            return lookup("triton").backward(spec, grad_out, operands, needs, residual)
+        query, key = operands.query, operands.key
         batch = query.shape[:-3]
-        if residual.grad_lse is not None or 0 in (*query.shape, *key.shape, *value.shape):
-            other = lookup("triton")
-            return other.backward(spec, grad_out, query, key, value, captures, symbols, needs, residual)
         out, lse = residual.out, residual.lse
         if lse is None:
-            out, lse = _forward(spec, query, key, value, with_lse=True)
-        query_4d, key_4d, value_4d = (_dense(four_d(x, batch)) for x in (query, key, value))
+            out, lse = _forward(spec, operands, with_lse=True)
+        query_4d, key_4d, value_4d = (_dense(four_d(x, batch)) for x in operands.qkv)
         grad_4d, out_4d = (_tokens_first(four_d(x, batch)) for x in (grad_out, out))
         # the seed and offset of a dropout that there is not
         nothing = query.new_empty((), dtype=torch.int64)
@@ -109,8 +81,7 @@ class Cudnn(Sdpa):
             grad_4d, query_4d, key_4d, value_4d, out_4d, lse.reshape(*query_4d.shape[:3], 1), nothing, nothing,
             None, None, None, query.shape[-2], key.shape[-2], OWN_ZERO, is_causal(spec), scale=scale_of(spec),
         )  # fmt: skip
-        wanted = zip(grads, (query, key, value), needs[:3], strict=True)
-        return (*(summed(grad, x, batch) if need else None for grad, x, need in wanted), *(None for _ in captures))
+        return gradients(grads, operands, needs)
 
 
 def _unsupported(problem: Problem, target: Target) -> tuple[str, ...]:
@@ -144,16 +115,14 @@ def _takes(target: Target, width: int, *, training: bool) -> bool:
         return bool(can_use_cudnn_attention(SDPAParams(x, x, x, None, 0.0, False, False)))
 
 
-def _forward(
-    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, *, with_lse: bool
-) -> tuple[Tensor, Tensor]:
-    batch = query.shape[:-3]
-    operands = [_dense(four_d(x, batch)) for x in (query, key, value)]
+def _forward(spec: AttentionSpec, operands: Operands, *, with_lse: bool) -> tuple[Tensor, Tensor]:
+    *batch, heads, rows, _ = operands.query.shape
+    read = [_dense(four_d(x, batch)) for x in operands.qkv]
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *operands, None, with_lse, 0.0, is_causal(spec), False, scale=scale_of(spec)
+        *read, None, with_lse, 0.0, is_causal(spec), False, scale=scale_of(spec)
     )
     out = out.view(*batch, *out.shape[-3:])
-    return out, lse.reshape(query.shape[:-1]) if with_lse else lse
+    return out, lse.reshape(*batch, heads, rows) if with_lse else lse
 
 
 def _tokens_first(tensor: Tensor) -> Tensor:

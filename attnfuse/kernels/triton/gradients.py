@@ -20,6 +20,7 @@ from attnfuse.kernels.triton.launch import on_device, options_of
 from attnfuse.kernels.triton.memory import Memory, capture_strides, memory_of
 from attnfuse.kernels.triton.plan import BackwardPlan
 from attnfuse.kernels.triton.planning import precision_of
+from attnfuse.operands import Operands
 from attnfuse.reference import Scope, evaluate, seed_of
 from attnfuse.score import Capture
 from attnfuse.spec import AttentionSpec
@@ -46,7 +47,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Gradients:
-    """One backward; operands as in :mod:`attnfuse.spec`, ``residual`` with the forward's lse.
+    """One backward, ``residual`` with the forward's lse.
 
     ``needs`` says for query, key, value and each capture whether its gradient is asked for. ``schedules`` are those
     of dQ and of dK and dV.
@@ -54,18 +55,14 @@ class Gradients:
 
     spec: AttentionSpec
     grad_out: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    captures: Sequence[Tensor]
-    symbols: Sequence[int]
+    operands: Operands
     needs: Sequence[bool]
     residual: Residual
     schedules: tuple[Schedule, Schedule] | None = None
 
     def run(self) -> tuple[Tensor | None, ...]:
         """The gradients, each in its operand's shape and dtype; None where it is not asked for."""
-        with on_device(self.query.device):
+        with on_device(self.operands.query.device):
             sums = self._sums()
             query, ridden = self._of_rows(sums) if self.needs[0] else (None, None)
             key, value = self._of_keys(sums) if self.needs[1] or self.needs[2] else (None, None)
@@ -77,18 +74,19 @@ class Gradients:
     @cached_property
     def batch(self) -> tuple[int, ...]:
         """The batch sizes."""
-        return tuple(self.query.shape[:-3])
+        return tuple(self.operands.query.shape[:-3])
 
     @cached_property
     def sizes(self) -> tuple[int, int, int, int, int]:
         """What bodies take as ``sizes``, no head being summed."""
         *_, b1 = (*self.batch, 1, 1)[:2]
-        return b1, self.query.shape[-3], self.query.shape[-2], self.key.shape[-2], 1
+        query, key, _ = self.operands.qkv
+        return b1, query.shape[-3], query.shape[-2], key.shape[-2], 1
 
     @cached_property
     def heads(self) -> int:
         """Batches times query heads."""
-        return math.prod(self.query.shape[:-2])
+        return math.prod(self.operands.query.shape[:-2])
 
     @cached_property
     def grad_lse(self) -> Tensor | None:
@@ -99,22 +97,23 @@ class Gradients:
     @cached_property
     def seed(self) -> Tensor | None:
         """Dropout's."""
-        return seed_of(self.spec, self.captures) if self.spec.dropout else None
+        return seed_of(self.spec, self.operands.captures) if self.spec.dropout else None
 
     @cached_property
     def memories(self) -> tuple[Memory, ...]:
         """Of query, key, value and the captures that programs read."""
-        return tuple(map(memory_of, (self.query, self.key, self.value, *self.captures[: len(self.spec.captures)])))
+        return tuple(map(memory_of, (*self.operands.qkv, *self.operands.captures[: len(self.spec.captures)])))
 
     @cached_property
     def geometry(self) -> tuple[AttentionSpec, tuple[Memory, ...], tuple[int, ...]]:
         """What plans are made of: the spec, where its operands lie, and its sizes."""
-        return self.spec, self.memories, tuple(self.symbols)
+        return self.spec, self.memories, self.operands.symbols
 
     @cached_property
     def compiled_for(self) -> tuple[Target, str]:
         """What plans are made for: the target, and the precision of products of float32."""
-        return _target(self.query.device), precision_of(self.query.dtype)
+        query = self.operands.query
+        return _target(query.device), precision_of(query.dtype)
 
     @cached_property
     def launches(self) -> Launches:
@@ -124,13 +123,13 @@ class Gradients:
     @cached_property
     def scope(self) -> tuple[Any, ...]:
         """What programs read: captures, their strides, symbols."""
-        named = tuple(x.detach() for x in self.captures[: len(self.spec.captures)])
-        return named, capture_strides(self.spec, self.memories[3:]), tuple(self.symbols)
+        named = tuple(x.detach() for x in self.operands.captures[: len(self.spec.captures)])
+        return named, capture_strides(self.spec, self.memories[3:]), self.operands.symbols
 
     @cached_property
     def band(self) -> tuple[int, int]:
         """The offsets of the mask's band."""
-        band = masking_band(self.spec, tuple(self.symbols))
+        band = masking_band(self.spec, self.operands.symbols)
         return band.left or 0, band.right or 0
 
     def strides(self, tensor: Tensor) -> tuple[int, ...]:
@@ -142,16 +141,18 @@ class Gradients:
     def _sums(self) -> Sums:
         from attnfuse.kernels.triton.backward import row_sums  # noqa: PLC0415 - Triton is imported when it is launched
 
-        shape, plan = self.query.shape[:-1], self.launches.sums
-        top, norm, delta = (self.query.new_empty(shape, dtype=torch.float32) for _ in range(3))
+        plan, residual = self.launches.sums, self.residual
+        query, key, _ = self.operands.qkv
+        shape = query.shape[:-1]
+        top, norm, delta = (query.new_empty(shape, dtype=torch.float32) for _ in range(3))
         sink = torch.empty_like(top) if self.spec.sink is not None else None
         programs = -(-shape[-1] // plan.rows) * self.heads
-        strange = self.query.new_empty(programs if plan.uncertain else 0, dtype=torch.int32)
-        assert self.residual.lse is not None
+        strange = query.new_empty(programs if plan.uncertain else 0, dtype=torch.int32)
+        assert residual.lse is not None
         row_sums[(programs,)](
-            self.query, self.key, self.residual.out, self.grad_out, self.residual.lse.contiguous(),
+            query, key, residual.out, self.grad_out, residual.lse.contiguous(),
             self.grad_lse, top, norm, delta, sink, strange, self.scope,
-            *map(self.strides, (self.query, self.key, self.residual.out, self.grad_out)), self.sizes, plan,
+            *map(self.strides, (query, key, residual.out, self.grad_out)), self.sizes, plan,
             **options_of(plan.schedule),
         )  # fmt: skip
         return Sums(top, norm, delta, strange.any().to(torch.int32) if plan.uncertain else strange, sink)
@@ -160,13 +161,12 @@ class Gradients:
         """The gradient of query, and of the captured tensor that rides along."""
         from attnfuse.kernels.triton.backward import rows_gradient  # noqa: PLC0415 - see _sums
 
-        plan, rider = self.launches.rows, self.launches.rider
-        found = _like(self.query, self.batch, self.query.dtype)
+        plan, rider, query = self.launches.rows, self.launches.rider, self.operands.query
+        found = _like(query, self.batch, query.dtype)
         target = None if rider is None else self._room(*rider)
-        rows_gradient[(-(-self.query.shape[-2] // plan.rows) * self.heads,)](
-            self.query, self.key, self.value, self.grad_out, found, target, self._due(plan, sums), *sums.read,
-            self.scope, self.seed,
-            *map(self.strides, (self.query, self.key, self.value, self.grad_out, found)), self.sizes, self.band, plan,
+        rows_gradient[(-(-query.shape[-2] // plan.rows) * self.heads,)](
+            *self.operands.qkv, self.grad_out, found, target, self._due(plan, sums), *sums.read, self.scope, self.seed,
+            *map(self.strides, (*self.operands.qkv, self.grad_out, found)), self.sizes, self.band, plan,
             **options_of(plan.schedule),
         )  # fmt: skip
         return found, target
@@ -174,15 +174,15 @@ class Gradients:
     def _of_keys(self, sums: Sums) -> tuple[Tensor, Tensor]:
         from attnfuse.kernels.triton.backward import keys_gradient  # noqa: PLC0415 - see _sums
 
-        plan = self.launches.keys
-        found = [_like(x, self.batch, _sum_dtype(x, self.batch)) for x in (self.key, self.value)]
+        plan, shared = self.launches.keys, (self.operands.key, self.operands.value)
+        found = [_like(x, self.batch, _sum_dtype(x, self.batch)) for x in shared]
         heads = self.heads // plan.groups
-        keys_gradient[(-(-self.key.shape[-2] // plan.keys) * heads,)](
-            self.query, self.key, self.value, self.grad_out, *found, *sums.read, self.scope, self.seed,
-            *map(self.strides, (self.query, self.key, self.value, self.grad_out, *found)), self.sizes, self.band, plan,
+        keys_gradient[(-(-shared[0].shape[-2] // plan.keys) * heads,)](
+            *self.operands.qkv, self.grad_out, *found, *sums.read, self.scope, self.seed,
+            *map(self.strides, (*self.operands.qkv, self.grad_out, *found)), self.sizes, self.band, plan,
             **options_of(plan.schedule),
         )  # fmt: skip
-        pairs = zip(found, (self.key, self.value), strict=True)
+        pairs = zip(found, shared, strict=True)
         key, value = (grad.sum_to_size(operand.shape).to(operand.dtype) for grad, operand in pairs)
         return key, value
 
@@ -191,7 +191,7 @@ class Gradients:
     def _of_capture(self, slot: int, sums: Sums, ridden: Tensor | None) -> Tensor | None:
         if not self.needs[3 + slot]:
             return None
-        capture, rider = self.captures[slot], self.launches.rider
+        capture, rider = self.operands.captures[slot], self.launches.rider
         if ridden is not None and rider is not None and rider[0] == slot:
             scores: Tensor | None = _reduced(ridden, capture.shape)
         else:
@@ -213,7 +213,7 @@ class Gradients:
 
     def _room(self, slot: int, reduction: Reduction) -> Tensor:
         """What a reduction writes: scores in the tensor's own type, sums in float32 if there is more to sum."""
-        capture = self.captures[slot]
+        capture = self.operands.captures[slot]
         own = reduction.over == "heads" or reduction.shape == tuple(capture.shape)
         # whole tiles behind a mask are not visited
         masked = reduction.over == "heads" and (self.launches.rows.left or self.launches.rows.right)
@@ -224,9 +224,9 @@ class Gradients:
         pulled = {} if self.spec.sink is None else pullback(self.spec.sink)
         if sums.sink is None or Capture(slot) not in pulled:
             return None
-        scope = Scope.whole(self.query, self.key[..., :1, :], self.captures, self.symbols)
+        scope = Scope.whole(replace(self.operands, key=self.operands.key[..., :1, :]))
         part = evaluate(pulled[Capture(slot)], replace(scope, weight=sums.sink.unsqueeze(-1)))
-        return _reduced(part, self.captures[slot].shape)
+        return _reduced(part, self.operands.captures[slot].shape)
 
     def _through_scores(self, slot: int, sums: Sums) -> Tensor | None:
         """Summed over whole axes within a program, then over those that are left."""
@@ -235,15 +235,16 @@ class Gradients:
         if slot not in self.launches.captured:
             return None
         plan, reduction = self.launches.captured[slot]
-        row_tiles, key_tiles = -(-self.query.shape[-2] // plan.rows), -(-self.key.shape[-2] // plan.keys)
+        _, _, rows, keys, _ = self.sizes
+        row_tiles, key_tiles = -(-rows // plan.rows), -(-keys // plan.keys)
         tiles = {"heads": row_tiles * key_tiles, "keys": row_tiles, "rows": key_tiles}[reduction.over]
         target = self._room(slot, reduction)
         captured_gradient[(tiles * reduction.stays,)](
-            self.query, self.key, self.value, self.grad_out, target, self._due(plan, sums), *sums.read, self.scope,
-            self.seed, *map(self.strides, (self.query, self.key, self.value, self.grad_out)),
+            *self.operands.qkv, self.grad_out, target, self._due(plan, sums), *sums.read, self.scope, self.seed,
+            *map(self.strides, (*self.operands.qkv, self.grad_out)),
             (*self.sizes[:4], reduction.apart), self.band, reduction.turns, plan, **options_of(plan.schedule),
         )  # fmt: skip
-        return _reduced(target, self.captures[slot].shape)
+        return _reduced(target, self.operands.captures[slot].shape)
 
 
 _target = lru_cache(Target.of)

@@ -26,6 +26,7 @@ from attnfuse.kernels.triton.neighbours import neighbours
 from attnfuse.kernels.triton.planning import NAME
 from attnfuse.kernels.triton.text import untranslatable
 from attnfuse.kernels.triton.weighing import weights
+from attnfuse.operands import Operands
 from attnfuse.reference import attention, is_float8
 from attnfuse.score import P, text
 from attnfuse.spec import AttentionSpec
@@ -62,75 +63,33 @@ class Triton(Kernel):
         """Those near the table's."""
         return neighbours(problem, target)
 
-    def run_by(
-        self,
-        schedule: Schedule,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> Tensor:
+    def run_by(self, schedule: Schedule, spec: AttentionSpec, operands: Operands) -> Tensor:
         """``out`` by a schedule."""
-        return attend(spec, query, key, value, captures, symbols, schedule=schedule)[0]
+        return attend(spec, operands, schedule=schedule)[0]
 
-    def run(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> Tensor:
+    def run(self, spec: AttentionSpec, operands: Operands) -> Tensor:
         """``out``, laid out as ``[*B, M, H, Dv]``."""
-        if 0 in (*query.shape, *key.shape, *value.shape):
-            return attention(spec, query, key, value, captures, symbols)[0]
-        return attend(spec, query, key, value, captures, symbols)[0]
+        return attention(spec, operands)[0] if operands.empty else attend(spec, operands)[0]
 
-    def run_with_lse(
-        self,
-        spec: AttentionSpec,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
+    def run_with_lse(self, spec: AttentionSpec, operands: Operands) -> tuple[Tensor, Tensor]:
         """``out`` and ``lse``."""
-        if 0 in (*query.shape, *key.shape, *value.shape):
-            return attention(spec, query, key, value, captures, symbols)
-        return attend(spec, query, key, value, captures, symbols, with_lse=True)
+        return attention(spec, operands) if operands.empty else attend(spec, operands, with_lse=True)
 
     def backward(
-        self,
-        spec: AttentionSpec,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captures: Sequence[Tensor],
-        symbols: Sequence[int],
-        needs: Sequence[bool],
-        residual: Residual,
+        self, spec: AttentionSpec, grad_out: Tensor, operands: Operands, needs: Sequence[bool], residual: Residual
     ) -> tuple[Tensor | None, ...]:
         """Gradients, from weights computed again tile by tile."""
-        operands = (query, key, value, *captures)
-        if 0 in (*query.shape, *key.shape, *value.shape):
-            return tuple(torch.zeros_like(x) if need else None for x, need in zip(operands, needs, strict=True))
+        if operands.empty:
+            pairs = zip(operands.tensors, needs, strict=True)
+            return tuple(torch.zeros_like(x) if need else None for x, need in pairs)
         if residual.lse is None:
-            out, lse = attend(spec, query, key, value, captures, symbols, with_lse=True)
+            out, lse = attend(spec, operands, with_lse=True)
             residual = Residual(out, lse, residual.grad_lse)
-        return Gradients(spec, grad_out, query, key, value, captures, symbols, needs, residual).run()
+        return Gradients(spec, grad_out, operands, needs, residual).run()
 
-    def weights(
-        self, spec: AttentionSpec, query: Tensor, key: Tensor, captures: Sequence[Tensor], symbols: Sequence[int]
-    ) -> Tensor:
+    def weights(self, spec: AttentionSpec, operands: Operands) -> Tensor:
         """The weights; their gradients are the reference's, by autograd."""
-        if 0 in (*query.shape, *key.shape):
-            return reference.weights(spec, query, key, captures, symbols)
-        return weights(spec, query, key, captures, symbols)
+        return reference.weights(spec, operands) if operands.scoreless else weights(spec, operands)
 
 
 @lru_cache

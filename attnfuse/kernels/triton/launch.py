@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -17,33 +16,27 @@ from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton.memory import Memory, capture_strides, memory_of
 from attnfuse.kernels.triton.plan import Plan
 from attnfuse.kernels.triton.planning import plan_of, precision_of
+from attnfuse.operands import Operands
 from attnfuse.reference import out_dtype, seed_of
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
-__all__ = ["Launch", "attend", "on_device", "options_of", "prepare"]
+__all__ = ["Geometry", "Launch", "attend", "on_device", "options_of", "prepare", "sources", "target_of"]
 
 
 def attend(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor],
-    symbols: Sequence[int],
-    *,
-    with_lse: bool = False,
-    schedule: Schedule | None = None,
+    spec: AttentionSpec, operands: Operands, *, with_lse: bool = False, schedule: Schedule | None = None
 ) -> tuple[Tensor, Tensor]:
     """``out``, laid out as ``[*B, M, H, Dv]``, and ``lse [*B, H, M]`` in float32, empty unless asked for.
 
-    Shapes as in :mod:`attnfuse.spec`, none of them zero; two batch axes at most.
+    No size is zero; two batch axes at most.
     """
+    query, value = operands.query, operands.value
     *batch, heads, rows, _ = query.shape
     dtype = out_dtype(spec, value.dtype)
     out = value.new_empty((*batch, rows, heads, value.shape[-1]), dtype=dtype).transpose(-3, -2)
     lse = query.new_empty((*batch, heads, rows) if with_lse else 0, dtype=torch.float32)
-    launch = prepare(spec, query, key, value, captures, symbols, out, lse, schedule)
+    launch = prepare(spec, operands, out, lse, schedule)
     with on_device(query.device):
         launch.body[(launch.programs,)](*launch.arguments, **launch.options)
         if launch.merging is not None:
@@ -69,7 +62,10 @@ def options_of(schedule: Schedule) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A call's plan, grid, strides of query, key, value and out, ``sizes`` and ``band`` as the body takes them."""
+    """A call's plan, grid, strides of its tensors, ``sizes`` and ``band`` as the body takes them.
+
+    ``descriptors`` are those of what the body loads tiles from, where it loads by them.
+    """
 
     plan: Plan
     programs: int
@@ -130,34 +126,31 @@ class Launch:
 
 def prepare(
     spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor],
-    symbols: Sequence[int],
+    operands: Operands,
     out: Tensor,
     lse: Tensor,
     schedule: Schedule | None = None,
     target: Target | None = None,
 ) -> Launch:
     """The launch of the forward body that writes ``out``, and ``lse`` where it is not empty."""
-    named = tuple(captures[: len(spec.captures)])
+    (query, key, value), symbols = operands.qkv, operands.symbols
+    named = operands.captures[: len(spec.captures)]
     known = _geometry(
-        spec, tuple(map(memory_of, (query, key, value, out))), tuple(map(memory_of, named)), tuple(symbols),
-        schedule, lse.numel() > 0, target or _target(query.device), precision_of(out.dtype),
+        spec, tuple(map(memory_of, (query, key, value, out))), tuple(map(memory_of, named)), symbols,
+        schedule, lse.numel() > 0, target or target_of(query.device), precision_of(out.dtype),
     )  # fmt: skip
     plan = known.plan
     asked, kept = lse if plan.with_lse else None, _sums(plan, query, value)
     arguments = (
-        query, *_sources(known, key, value), out, asked, kept, (named, known.captures, tuple(symbols)),
-        seed_of(spec, captures) if plan.dropout else None, *known.strides, known.sizes, known.band, plan,
+        query, *sources(known, key, value), out, asked, kept, (named, known.captures, symbols),
+        seed_of(spec, operands.captures) if plan.dropout else None, *known.strides, known.sizes, known.band, plan,
     )  # fmt: skip
     programs = min(known.programs, _processors(query.device)) if plan.order == "persistent" else known.programs
     merging = (kept, out, asked, known.strides[-1], known.sizes, plan) if plan.splits > 1 else None
     return Launch(_body(plan), programs, arguments, options_of(plan.schedule), merging)
 
 
-_target = lru_cache(Target.of)
+target_of = lru_cache(Target.of)
 
 
 @lru_cache
@@ -165,8 +158,8 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _sources(known: Geometry, *operands: Tensor) -> tuple[Any, ...]:
-    """What the body loads tiles of key and value from."""
+def sources(known: Geometry, *operands: Tensor) -> tuple[Any, ...]:
+    """What the body loads tiles of key and, where it is read, value from."""
     if not known.descriptors:
         return operands
     from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: PLC0415 - see attend

@@ -2,7 +2,7 @@
 
 import torch
 
-from attnfuse import Kernel, kernel
+from attnfuse import Kernel, Operands, kernel
 from attnfuse.reference import attention
 
 
@@ -25,11 +25,12 @@ class HeadByHead(Kernel):
         # seconds, by a model; `attnfuse tune` corrects it on the machine where it runs
         return problem.flops / 1e12
 
-    def run(self, spec, query, key, value, captures, symbols):
+    def run(self, spec, operands):
+        query, key, value = operands.qkv
         groups = query.shape[-3] // key.shape[-3]
         heads = []
         for head in range(query.shape[-3]):
             mine, shared = slice(head, head + 1), slice(head // groups, head // groups + 1)
-            operands = query[..., mine, :, :], key[..., shared, :, :], value[..., shared, :, :]
-            heads.append(attention(spec, *operands)[0])
+            one = Operands(query[..., mine, :, :], key[..., shared, :, :], value[..., shared, :, :])
+            heads.append(attention(spec, one)[0])
         return torch.cat(heads, dim=-3)

@@ -20,6 +20,7 @@ from attnfuse.kernels.gluon.gradients import HopperGradients
 from attnfuse.kernels.triton import Listing
 from attnfuse.kernels.triton import gradients as base
 from attnfuse.kernels.triton.backward import FAINT
+from attnfuse.operands import Operands
 from attnfuse.reference import Scope, evaluate, repeat_heads
 from attnfuse.target import Target
 from tests.kernels.gluon import plain
@@ -83,8 +84,9 @@ def _sums(self: HopperGradients) -> base.Sums:
     plan, lse = self.launches.sums, self.residual.lse
     assert lse is not None
     assert self.grad_lse is None
-    score = self.query.float() @ repeat_heads(self.key, self.query.shape[-3]).float().mT
-    scope = Scope.whole(self.query, self.key, self.captures, self.symbols)
+    query, key, _ = self.operands.qkv
+    score = query.float() @ repeat_heads(key, query.shape[-3]).float().mT
+    scope = Scope.whole(self.operands)
     u = evaluate(plan.masked_program, replace(scope, score=score)).expand(score.shape)
     highest = u.amax(-1)
     total = torch.exp2(plan.exponent * (u - highest[..., None])).sum(-1)
@@ -106,7 +108,7 @@ def _launcher(listing: Listing, device: torch.device) -> Callable[[Sequence[Tens
     def lists(captures: Sequence[Tensor]) -> Tensor:
         sizes = (listing.batch, listing.heads, listing.rows, listing.keys)
         like = torch.empty(*sizes[:3], 1), torch.empty(*sizes[:2], listing.keys, 1)
-        scope = Scope.whole(*like, [x.mT for x in captures], listing.symbols)
+        scope = Scope.whole(Operands.of_weights(*like, tuple(x.mT for x in captures), listing.symbols))
         keep = evaluate(listing.mask.program, scope).expand(sizes)
         m, n, (left, right) = torch.arange(listing.rows)[:, None], torch.arange(listing.keys), listing.band
         keep = keep & (n <= m + right) if listing.mask.right else keep

@@ -29,14 +29,14 @@ CONSUME, PRODUCE, ADD = range(3)
 def check(given: Case, *places: int) -> None:
     """The gradients of query, key and value, and of the operands at ``places``, against float64."""
     asked, grad, leaves = (0, 1, 2, *places), grad_out(given), given.leaves()
-    source = torch.autograd.grad(written_out(leaves), [leaves.operands[place] for place in asked], grad)
-    floats = [place for place, x in enumerate(leaves.operands) if x.requires_grad]
+    source = torch.autograd.grad(written_out(leaves), [leaves.tensors[place] for place in asked], grad)
+    floats = [place for place, x in enumerate(leaves.tensors) if x.requires_grad]
     truth = dict(zip(floats, gradients(given.to(torch.float64), None, grad), strict=True))
     cancelled = dict(zip(floats, cancelling(given, grad), strict=True))
     assert not declined(given.spec, given.query.shape, given.key.shape, given.value.shape)
-    residual = Residual(*reference(given.spec, *given.operands[:3], given.captures))
-    needs = [place in asked for place in range(len(given.operands))]
-    found = lookup("gluon").backward(given.spec, grad, *given.operands[:3], given.captures, (), needs, residual)
+    residual = Residual(*reference(given.spec, given.operands))
+    needs = [place in asked for place in range(len(given.tensors))]
+    found = lookup("gluon").backward(given.spec, grad, given.operands, needs, residual)
     wanted = [x for x in found if x is not None]
     assert_as_exact(wanted, source, [truth[x] for x in asked], 8.0, [cancelled[x] for x in asked])
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from attnfuse.kernels import Residual
+from attnfuse.operands import Operands
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 from tests.kernels.cases import spec as _spec
@@ -51,11 +52,12 @@ def sourced(spec: AttentionSpec, width: int) -> BackwardSource:
     sizes = {"b0": 1, "h": 2, "m": ROWS, "n": ROWS}
     shapes = [[sizes[axis] if axis in each.axes else 1 for axis in spec.axes] for each in spec.captures]
     types = [getattr(torch, each.dtype) for each in spec.captures]
-    captures = [torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)]
+    captures = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True))
+    operands = Operands(query, query, query, captures)
     residual = Residual(query, torch.empty(1, 2, ROWS))
     needs = [True] * 3 + [x.is_floating_point() for x in captures]
     with mock.patch.object(gradients, "_target", return_value=Target.parse("cuda:sm90")):
-        return backward_sourced(Gradients(spec, query, query, query, query, captures, (), needs, residual))[0]
+        return backward_sourced(Gradients(spec, query, operands, needs, residual))[0]
 
 
 @cache

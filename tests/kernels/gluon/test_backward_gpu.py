@@ -30,7 +30,7 @@ def _own_backward(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_gpu(given: Case) -> Case:
-    moved = [x.to("cuda") for x in given.operands]
+    moved = [x.to("cuda") for x in given.tensors]
     return Case(given.spec, *moved[:3], tuple(moved[3:]))
 
 
@@ -38,7 +38,7 @@ def checked(given: Case) -> None:
     given = on_gpu(given)
     grad_out = torch.randn(*given.query.shape[:-1], given.value.shape[-1], device="cuda").to(given.value.dtype)
     leaves = given.leaves()
-    floats = [x for x in leaves.operands if x.requires_grad]
+    floats = [x for x in leaves.tensors if x.requires_grad]
     source = torch.autograd.grad(written_out(leaves), floats, grad_out, allow_unused=True)
     source = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(floats, source, strict=True)]
     truth = gradients(given.to(torch.float64), None, grad_out)

@@ -68,16 +68,16 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 
 def _no_sums(self: HopperGradients) -> base.Sums:
-    one = self.query.new_zeros(self.query.shape[:-1], dtype=torch.float32)
+    query = self.operands.query
+    one = query.new_zeros(query.shape[:-1], dtype=torch.float32)
     return base.Sums(one, one, one, torch.zeros(1, dtype=torch.int32), None)
 
 
 def run(of: AttentionSpec, sizes: Sizes = SIZES, wanted: tuple[bool, ...] | None = None) -> tuple[Tensor | None, ...]:
     given = case(of, sizes, torch.bfloat16)
-    needs = wanted or tuple(x.is_floating_point() for x in given.operands)
+    needs = wanted or tuple(x.is_floating_point() for x in given.tensors)
     residual = Residual(given.query, torch.zeros(given.query.shape[:-1]))
-    operands = given.operands[:3]
-    return HopperGradients(given.spec, given.query, *operands, given.captures, (), needs, residual).run()
+    return HopperGradients(given.spec, given.query, given.operands, needs, residual).run()
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "window", "documents", "prefix", "bias", "everything"])

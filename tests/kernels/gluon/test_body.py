@@ -62,13 +62,13 @@ def in_plain_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def float8(given: Case, dtype: torch.dtype = torch.float8_e4m3fn, minor: str = "n") -> Case:
-    query, key, value = (x.to(dtype) for x in given.operands[:3])
+    query, key, value = (x.to(dtype) for x in given.tensors[:3])
     return replace(given, query=query, key=key, value=value.mT.contiguous().mT if minor == "n" else value)
 
 
 def check(given: Case, meta: Meta | None = None) -> None:
-    out, lse = launch.forward(given.spec, *given.operands[:3], given.captures, (), with_lse=True, meta=meta)
-    source, true_lse = reference(given.spec, *given.operands[:3], given.captures)
+    out, lse = launch.forward(given.spec, given.operands, with_lse=True, meta=meta)
+    source, true_lse = reference(given.spec, given.operands)
     assert lse is not None
     # where the reference rounds once, a tile rounds weights, sums and the result
     assert_as_exact([out], [source], [exact(given)], 8.0)
@@ -79,13 +79,13 @@ def check(given: Case, meta: Meta | None = None) -> None:
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_half_types(name: str, width: int) -> None:
     given = case(ANY[name], Sizes((2,), 2, 1, 200, 300, width, width), torch.bfloat16)
-    out, _ = lookup("gluon").run_with_lse(given.spec, *given.operands[:3], given.captures, ())
+    out, _ = lookup("gluon").run_with_lse(given.spec, given.operands)
     assert_as_exact([out], [written_out(given)], [exact(given)])
 
 
 def test_factors_of_rows() -> None:
     given = case(SPECS["factor of each row"], Sizes((2,), 2, 1, 100, 150, 64, 64), torch.float16)
-    out, _ = lookup("gluon").run_with_lse(given.spec, *given.operands[:3], given.captures, ())
+    out, _ = lookup("gluon").run_with_lse(given.spec, given.operands)
     assert_as_exact([out], [written_out(given)], [exact(given)])
 
 

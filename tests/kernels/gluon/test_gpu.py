@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnfuse.kernels import lookup
 from attnfuse.op import attention
+from attnfuse.operands import Operands
 from attnfuse.reference import attention as reference
 from attnfuse.score import parse
 from attnfuse.spec import AttentionSpec
@@ -36,7 +37,7 @@ WIDE = {
 
 
 def run(given: Case, *, with_lse: bool = False) -> tuple[Tensor, Tensor]:
-    query, key, value, *captures = (x.cuda() for x in given.operands)
+    query, key, value, *captures = (x.cuda() for x in given.tensors)
     out, lse = attention(query, key, value, captures, [], given.spec.to_text(), "gluon", with_lse)
     return out.cpu(), lse.cpu()
 
@@ -56,7 +57,7 @@ def test_as_exact_as_the_written_out_program(name: str, sizes: str, dtype: torch
 def test_lse(name: str) -> None:
     given = case(SPECS[name], WIDE["128"], torch.bfloat16)
     true = given.to(torch.float64)
-    _, wanted = reference(true.spec, *true.operands[:3], true.captures)
+    _, wanted = reference(true.spec, true.operands)
     # logits are sums of 128 products of halves, exact in float32 to 2^-24 of their size
     torch.testing.assert_close(run(given, with_lse=True)[1], wanted, atol=2e-3, rtol=1e-4, equal_nan=True)
 
@@ -74,8 +75,8 @@ def test_every_number_of_tiles(width: int, mask: str | None) -> None:
             spec = AttentionSpec(parse(score))
             query = torch.randn(2, 3, rows, width, device="cuda", dtype=torch.bfloat16)
             key, value = torch.randn(2, 2, 3, keys, width, device="cuda", dtype=torch.bfloat16)
-            found = lookup("gluon").run(spec, query, key, value, (), ()).double()
-            wanted = reference(spec, query.double(), key.double(), value.double())[0]
+            found = lookup("gluon").run(spec, Operands(query, key, value)).double()
+            wanted = reference(spec, Operands(query.double(), key.double(), value.double()))[0]
             assert torch.equal(found.isnan(), wanted.isnan())
             difference = (found - wanted).nan_to_num().norm() / wanted.nan_to_num().norm()
             # weights and output are rounded to bfloat16: 2^-9 each
@@ -99,8 +100,8 @@ LISTED = {
 def test_lists_of_tiles(name: str) -> None:
     given = drawn(LISTED[name], Sizes((2,), 4, 2, 1000, 1160, 128, 128), torch.bfloat16, 1)
     true = given.to(torch.float64)
-    wanted = reference(given.spec, *true.operands[:3], true.captures)[0]
-    out = lookup("gluon").run(given.spec, *given.operands[:3], given.captures, ())
+    wanted = reference(given.spec, true.operands)[0]
+    out = lookup("gluon").run(given.spec, given.operands)
     assert_as_exact([out], [written_out(given)], [wanted])
 
 
@@ -117,5 +118,5 @@ def test_launches_follow_each_other() -> None:
     spec = SPECS["causal"]
     for rows in (64, 5000, 640, 5000):
         query, key, value = torch.randn(3, 1, 8, rows, 128, device="cuda", dtype=torch.bfloat16)
-        first, second = (lookup("gluon").run(spec, query, key, value, (), ()) for _ in range(2))
+        first, second = (lookup("gluon").run(spec, Operands(query, key, value)) for _ in range(2))
         assert torch.equal(first, second)

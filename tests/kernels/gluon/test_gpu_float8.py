@@ -53,7 +53,7 @@ def of(name: str, dtype: str) -> AttentionSpec:
 
 
 def on_gpu(given: Case, dtype: torch.dtype, minor: str) -> Case:
-    query, key, value = (x.to("cuda", dtype) for x in given.operands[:3])
+    query, key, value = (x.to("cuda", dtype) for x in given.tensors[:3])
     value = value.mT.contiguous().mT if minor == "n" else value
     return replace(given, query=query, key=key, value=value, captures=tuple(x.cuda() for x in given.captures))
 
@@ -90,8 +90,8 @@ def test_every_number_of_tiles(mask: str | None) -> None:
 
 def check(given: Case) -> None:
     assert lookup("gluon").reasons_against(given.problem(), Target.parse("cuda:sm90")) == ()
-    out, lse = lookup("gluon").run_with_lse(given.spec, *given.operands[:3], given.captures, [])
-    source, true_lse = reference(given.spec, *given.operands[:3], given.captures)
+    out, lse = lookup("gluon").run_with_lse(given.spec, given.operands)
+    source, true_lse = reference(given.spec, given.operands)
     assert out.dtype == torch.bfloat16
     # where the reference rounds once, a tile rounds weights, sums and the result, to bfloat16 at the finest
     assert_as_exact([out], [source], [exact(given)], 8.0)

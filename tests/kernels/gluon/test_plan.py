@@ -49,7 +49,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Source, dict[str, An
 
 
 def run(given: Case) -> None:
-    lookup("gluon").run_with_lse(given.spec, *given.operands[:3], given.captures, ())
+    lookup("gluon").run_with_lse(given.spec, given.operands)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -10,6 +10,7 @@ import torch
 
 from attnfuse.kernels import Kernel, Operand, Problem, Residual, lookup, registry
 from attnfuse.kernels.gluon import hopper
+from attnfuse.operands import Operands
 from attnfuse.score import parse
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
@@ -121,7 +122,7 @@ def test_a_backward_that_is_declined_is_that_of_triton(monkeypatch: pytest.Monke
     assert kernel.cost(training, HOPPER) == pytest.approx(kernel.cost(PLAIN, HOPPER) + 2.0)
     operand = torch.ones(1, 1, 1, 8)
     residual = Residual(operand, torch.ones(1, 1, 1))
-    found = kernel.backward(PLAIN.spec, operand, operand, operand, operand, (), (), (), residual)
+    found = kernel.backward(PLAIN.spec, operand, Operands(operand, operand, operand), (), residual)
     assert found == (None, torch.ones(1), None)
     short = replace(HALF, shape=(2, 4, 511, 128))
     assert reasons(replace(training, key=short)) == ("its backward is that of triton: it is Friday",)

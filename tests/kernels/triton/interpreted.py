@@ -39,8 +39,8 @@ BACKWARD = (
 
 
 def check(given: Case, schedule: Schedule = TILE) -> None:
-    out, lse = attend(given.spec, *given.operands[:3], given.captures, [], with_lse=True, schedule=schedule)
-    true, true_lse = reference(given.spec, *given.operands[:3], given.captures)
+    out, lse = attend(given.spec, given.operands, with_lse=True, schedule=schedule)
+    true, true_lse = reference(given.spec, given.operands)
     source = true if given.spec.dropout else written_out(given)
     # sums are taken tile by tile, each rounding once more
     assert_as_exact([out], [source], [exact(given)], 8.0)
@@ -176,12 +176,10 @@ def check_gradients(
     generator = torch.Generator().manual_seed(1)
     grad_out = torch.randn(*given.query.shape[:-1], given.value.shape[-1], generator=generator)
     grad_lse = torch.randn(*given.query.shape[:-1], generator=generator) if with_lse else None
-    out, lse = attend(given.spec, *given.operands[:3], given.captures, [], with_lse=True, schedule=TILE)
-    needs = [x.is_floating_point() for x in given.operands]
+    out, lse = attend(given.spec, given.operands, with_lse=True, schedule=TILE)
+    needs = [x.is_floating_point() for x in given.tensors]
     residual = Residual(out.to(out_type).to(out.dtype), lse, grad_lse)
-    found = Gradients(
-        given.spec, grad_out, *given.operands[:3], given.captures, [], needs, residual, (TILE, TILE)
-    ).run()
+    found = Gradients(given.spec, grad_out, given.operands, needs, residual, (TILE, TILE)).run()
     source, truth = (differentiated(x, grad_out, grad_lse) for x in (given, given.to(torch.float64)))
     # weights are exp(s - lse), whose relative error is that of the lse
     roundings = 16.0 + lse.nan_to_num(neginf=0.0).clamp(-1e3, 1e3).abs().amax().item()
@@ -189,17 +187,17 @@ def check_gradients(
     judged = slice(compared)
     if out_type != out.dtype:
         # the others' gradients are no more exact than out is
-        place = next(place for place, x in enumerate(given.operands) if x.shape[-2:] == (1, 1))
+        place = next(place for place, x in enumerate(given.tensors) if x.shape[-2:] == (1, 1))
         judged = slice(place, place + 1)
     assert_as_exact(ours[judged], source[judged], truth[judged], roundings)
 
 
 def differentiated(given: Case, grad_out: Tensor, grad_lse: Tensor | None) -> list[Tensor]:
     leaves = given.leaves()
-    out, lse = reference(leaves.spec, *leaves.operands[:3], leaves.captures)
+    out, lse = reference(leaves.spec, leaves.operands)
     total = (out * grad_out.to(out.dtype)).sum()
     total = total if grad_lse is None else total + (lse * grad_lse).sum()
-    floats = [x for x in leaves.operands if x.requires_grad]
+    floats = [x for x in leaves.tensors if x.requires_grad]
     found = torch.autograd.grad(total, floats, allow_unused=True)
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(floats, found, strict=True)]
 

@@ -57,12 +57,12 @@ def test_batches_have_scales_of_their_own() -> None:
 
 def check(name: str, mixed: str, schedule: str = "plain", sizes: Sizes = SMALL) -> None:
     given = case(SPECS[name], sizes, torch.float32)
-    operands = [x.to(dtype) for x, dtype in zip(given.operands[:3], MIXED[mixed], strict=True)]
+    operands = [x.to(dtype) for x, dtype in zip(given.tensors[:3], MIXED[mixed], strict=True)]
     if "descriptor" in schedule:
         operands[2] = operands[2].mT.contiguous().mT
     given = replace(given, query=operands[0], key=operands[1], value=operands[2])
-    out, lse = attend(given.spec, *operands, given.captures, [], with_lse=True, schedule=SCHEDULES[schedule])
-    source, true_lse = reference(given.spec, *operands, given.captures)
+    out, lse = attend(given.spec, given.operands, with_lse=True, schedule=SCHEDULES[schedule])
+    source, true_lse = reference(given.spec, given.operands)
     assert out.dtype == HALF
     assert_as_exact([out], [source], [exact(given)], 8.0)
     torch.testing.assert_close(lse, true_lse, rtol=1e-3, atol=1e-3)

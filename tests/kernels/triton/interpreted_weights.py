@@ -16,7 +16,7 @@ from tests.kernels.triton.interpreted import SMALL, TILE
 
 def check(name: str, sizes: Sizes, schedule: Schedule = TILE, dtype: torch.dtype = torch.float32) -> None:
     given = case(of_type(SOFTMAXES[name], dtype), sizes, dtype)
-    found = weights(given.spec, given.query, given.key, given.captures, (), schedule)
+    found = weights(given.spec, given.operands, schedule)
     # sums are taken tile by tile, each rounding once more
     assert_as_exact([found], [written_out(given, dtype)], [exact(given)], 8.0)
 

@@ -21,6 +21,7 @@ from attnfuse.kernels.kernel import Residual
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton import gradients
 from attnfuse.kernels.triton.launch import prepare
+from attnfuse.operands import Operands
 from attnfuse.reference import out_dtype
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
@@ -106,8 +107,8 @@ class Sizes:
 
 def operands(
     spec: AttentionSpec, sizes: Sizes, dtype: torch.dtype, value_minor: str = "d"
-) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
-    """Query, key, value and out, and captures; what is in them does not matter."""
+) -> tuple[Operands, torch.Tensor]:
+    """The operands and room for out; what is in them does not matter."""
 
     def made(heads: int, length: int, width: int) -> torch.Tensor:
         return torch.empty(sizes.batch, heads, length, width, dtype=dtype)
@@ -123,7 +124,7 @@ def operands(
     ]
     if spec.dropout:
         captures.append(torch.zeros(1, dtype=torch.int64))
-    return (query, key, value, out), captures
+    return Operands(query, key, value, tuple(captures)), out
 
 
 def compiled_backward(
@@ -141,11 +142,11 @@ def compiled_backward(
 
     monkeypatch.setattr(JITFunction, "__getitem__", launcher)
     monkeypatch.setattr(gradients, "_target", lambda device: Target.parse(target))
-    (query, key, value, out), captures = operands(spec, sizes, torch.bfloat16)
-    needs = [x.is_floating_point() for x in (query, key, value, *captures)]
-    residual = Residual(out, torch.empty(query.shape[:-1]))
+    given, out = operands(spec, sizes, torch.bfloat16)
+    needs = [x.is_floating_point() for x in given.tensors]
+    residual = Residual(out, torch.empty(out.shape[:-1]))
     with absent(target):
-        gradients.Gradients(spec, out, query, key, value, captures, [], needs, residual).run()
+        gradients.Gradients(spec, out, given, needs, residual).run()
     return found
 
 
@@ -160,9 +161,9 @@ def compiled(
     value_minor: str = "d",
 ) -> Compiled:
     """The forward of ``spec`` for a target, of operands of one dtype."""
-    (query, key, value, out), captures = operands(spec, sizes, dtype, value_minor)
-    lse = torch.empty(query.shape[:-1] if with_lse else (0,), dtype=torch.float32)
-    launch = prepare(spec, query, key, value, captures, (), out, lse, schedule, Target.parse(target))
+    given, out = operands(spec, sizes, dtype, value_minor)
+    lse = torch.empty(out.shape[:-1] if with_lse else (0,), dtype=torch.float32)
+    launch = prepare(spec, given, out, lse, schedule, Target.parse(target))
     with absent(target):
         kernel = launch.body.warmup(*launch.arguments, grid=(1,), **launch.options)
     return Compiled(kernel.asm, kernel.metadata.shared)
@@ -173,9 +174,9 @@ def compiled_weights(target: str, spec: AttentionSpec, sizes: Sizes, dtype: torc
     from attnfuse.kernels.triton.weighing import prepare_weights
     from attnfuse.kernels.triton.weights import weigh
 
-    (query, key, _, _), captures = operands(spec, sizes, dtype)
-    out = torch.empty(*query.shape[:-1], sizes.keys, dtype=dtype)
-    launch = prepare_weights(spec, query, key, captures, (), out, Target.parse(target))
+    given, _ = operands(spec, sizes, dtype)
+    out = torch.empty(*given.query.shape[:-1], sizes.keys, dtype=dtype)
+    launch = prepare_weights(spec, given, out, target=Target.parse(target))
     with absent(target):
         kernel = weigh.warmup(*launch.arguments, grid=(1,), **launch.options)
     return Compiled(kernel.asm, kernel.metadata.shared)

@@ -48,7 +48,7 @@ DECODE = {
 
 
 def on_gpu(given: Case) -> Case:
-    moved = [x.to("cuda") for x in given.operands]
+    moved = [x.to("cuda") for x in given.tensors]
     return Case(given.spec, *moved[:3], tuple(moved[3:]))
 
 
@@ -63,7 +63,7 @@ def check(given: Case, kernel: str) -> None:
 
 
 def compare(given: Case, out: Tensor, lse: Tensor) -> None:
-    true, true_lse = reference(given.spec, *given.operands[:3], given.captures)
+    true, true_lse = reference(given.spec, given.operands)
     source = true if given.spec.dropout else written_out(given)
     assert_as_exact([out], [source], [exact(given)])
     # the lse is float32, of products of the operands' type
@@ -102,12 +102,11 @@ KEYS_OUTSIDE = {
 def test_keys_outside(name: str, schedule: str) -> None:
     for sizes in (*(WIDTHS[f"heads of {each}, values of {each}"] for each in (64, 128)), *DECODE.values()):
         given = on_gpu(case(SPECS[name], sizes, torch.bfloat16))
-        operands = (given.spec, *given.operands[:3], given.captures, [])
-        out, lse = attend(*operands, with_lse=True, schedule=KEYS_OUTSIDE[schedule])
+        out, lse = attend(given.spec, given.operands, with_lse=True, schedule=KEYS_OUTSIDE[schedule])
         compare(given, out, lse)
         # sums that a thread reads before another has written them would not be the same each time
         for _ in range(3):
-            assert torch.equal(out, attend(*operands, schedule=KEYS_OUTSIDE[schedule])[0])
+            assert torch.equal(out, attend(given.spec, given.operands, schedule=KEYS_OUTSIDE[schedule])[0])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -141,7 +140,7 @@ def check_gradients(given: Case, kernel: str) -> None:
     found = gradients(given, kernel, grad_out)
     if given.query.dtype == torch.float32:
         # weights are exp(s - lse), whose relative error is that of the lse: |lse| roundings
-        lse = reference(given.spec, *given.operands[:3], given.captures)[1]
+        lse = reference(given.spec, given.operands)[1]
         roundings = 16.0 + lse.nan_to_num(neginf=0.0).clamp(-1e3, 1e3).abs().amax().item()
         assert_as_exact(found, gradients(given, None, grad_out), truth, roundings)
     else:
@@ -157,7 +156,7 @@ def source_gradients(given: Case, grad_out: Tensor) -> list[Tensor]:
     if given.spec.dropout:
         return gradients(given, None, grad_out)
     leaves = given.leaves()
-    floats = [x for x in leaves.operands if x.requires_grad]
+    floats = [x for x in leaves.tensors if x.requires_grad]
     found = torch.autograd.grad(written_out(leaves), floats, grad_out, allow_unused=True)
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(floats, found, strict=True)]
 
@@ -165,14 +164,14 @@ def source_gradients(given: Case, grad_out: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_lse_has_a_gradient(kernel: str) -> None:
     given = on_gpu(case(SPECS["causal"], WIDTHS["heads of 64, values of 64"], torch.bfloat16)).leaves()
-    _, lse = attention(*given.operands[:3], [], [], given.spec.to_text(), kernel, True)
+    _, lse = attention(*given.tensors[:3], [], [], given.spec.to_text(), kernel, True)
     exactly = given.to(torch.float64).leaves()
-    _, true = reference(exactly.spec, *exactly.operands[:3])
+    _, true = reference(exactly.spec, exactly.operands)
     grad = torch.randn_like(lse)
-    found = torch.autograd.grad(lse, given.operands[:2], grad)
-    truth = torch.autograd.grad(true, exactly.operands[:2], grad)
-    _, source = reference(given.spec, *given.operands[:3])
-    assert_as_exact(found, torch.autograd.grad(source, given.operands[:2], grad), truth, 8.0)
+    found = torch.autograd.grad(lse, given.tensors[:2], grad)
+    truth = torch.autograd.grad(true, exactly.tensors[:2], grad)
+    _, source = reference(given.spec, given.operands)
+    assert_as_exact(found, torch.autograd.grad(source, given.tensors[:2], grad), truth, 8.0)
 
 
 @pytest.mark.parametrize("name", [name for name in SOFTMAXES if SOFTMAXES[name].empty_rows == "nan"])
@@ -201,7 +200,7 @@ def test_a_broadcast_batch_of_keys() -> None:
     given = on_gpu(case(SPECS["causal"], replace(SIZES["odd"], width=64, value_width=64), torch.bfloat16))
     shared = replace(given, key=given.key[:1], value=given.value[:1])
     spread = replace(given, key=given.key[:1].expand_as(given.key), value=given.value[:1].expand_as(given.value))
-    found = [attention(*x.operands[:3], [], [], x.spec.to_text(), "triton")[0] for x in (shared, spread)]
+    found = [attention(*x.tensors[:3], [], [], x.spec.to_text(), "triton")[0] for x in (shared, spread)]
     assert torch.equal(*found)
 
 

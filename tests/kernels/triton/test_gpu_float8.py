@@ -37,7 +37,7 @@ def of(name: str, dtype: str, *, rounded: bool) -> AttentionSpec:
 
 def on_gpu(given: Case, query: torch.dtype, others: torch.dtype, minor: str) -> Case:
     query_, key, value = (
-        x.to("cuda", dtype) for x, dtype in zip(given.operands[:3], (query, others, others), strict=True)
+        x.to("cuda", dtype) for x, dtype in zip(given.tensors[:3], (query, others, others), strict=True)
     )
     value = value.mT.contiguous().mT if minor == "n" else value
     return replace(given, query=query_, key=key, value=value, captures=tuple(x.cuda() for x in given.captures))
@@ -74,8 +74,8 @@ def test_a_cache(sizes: str) -> None:
 
 
 def check(given: Case) -> None:
-    out, lse = attend(given.spec, *given.operands[:3], given.captures, [], with_lse=True)
-    source, true_lse = reference(given.spec, *given.operands[:3], given.captures)
+    out, lse = attend(given.spec, given.operands, with_lse=True)
+    source, true_lse = reference(given.spec, given.operands)
     # where the reference rounds once, a tile rounds weights, sums and the result, to bfloat16 at the finest
     assert_as_exact([out], [source], [exact(given)], 8.0)
     torch.testing.assert_close(lse, true_lse, rtol=5e-3, atol=5e-3)

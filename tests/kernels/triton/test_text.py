@@ -38,7 +38,7 @@ def run(source: str, given: Case, batch: int, head: int, score: Tensor) -> Tenso
 
 def check(program: Expr, source: str, given: Case) -> None:
     score = torch.randn(*given.query.shape[:-1], given.key.shape[-2])
-    scope = Scope.whole(given.query, given.key, given.captures, (7, 3))
+    scope = Scope.whole(replace(given.operands, symbols=(7, 3)))
     wanted = evaluate(program, replace(scope, score=score, weight=score)).expand(score.shape)
     for batch, head in ((0, 0), (1, given.query.shape[1] - 1)):
         found = run(source, given, batch, head, score[batch, head])
@@ -60,7 +60,7 @@ def test_every_spec(name: str) -> None:
 def test_the_parts_of_a_logit_are_the_logit(name: str) -> None:
     given = case(SPECS[name], SIZES["grouped heads"], torch.float32)
     logit = logit_of(given.spec)
-    scope = Scope.whole(given.query, given.key, given.captures, ())
+    scope = Scope.whole(given.operands)
     score = torch.randn(*given.query.shape[:-1], given.key.shape[-2])
     scope = replace(scope, score=score)
     wanted, found = evaluate(given.spec.score, scope), logit.factor * evaluate(logit.masked, scope)
