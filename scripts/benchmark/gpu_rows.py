@@ -58,21 +58,12 @@ class Machine:
 
 def prepare(case: GpuCase, gpu: int, lock: str) -> Answers:
     """What a row's process can be asked."""
-    _see_only(gpu)
+    # not CUDA_VISIBLE_DEVICES: importing this has asked CUDA for its devices, and torch would count others
+    torch.cuda.set_device(gpu)
     # the processes are the parallelism
     torch._inductor.config.compile_threads = 1
     prepared = Prepared(case, lock)
     return {"add": prepared.add, "row": prepared.row}
-
-
-def _see_only(gpu: int) -> None:
-    """Backward would otherwise make itself at home on every GPU."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = listed.split(",")[gpu] if listed else str(gpu)
-    torch.cuda.init()
-    if torch._C._cuda_getDeviceCount() > 1:
-        # an import asked for the GPUs before
-        torch.cuda.set_device(gpu)
 
 
 def measure_rows(

@@ -121,15 +121,6 @@ def test_a_row_that_is_not_ready_in_time_has_no_figures(rows: Any, monkeypatch: 
     assert not row.milliseconds
 
 
-def test_a_process_sees_one_gpu_of_those_listed(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows.torch.cuda, "init", lambda: None)
-    monkeypatch.setattr(rows.torch._C, "_cuda_getDeviceCount", lambda: 1, raising=False)
-    for listed, seen in (("3,5", "5"), ("", "1")):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-        rows._see_only(1)
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["softcap", "sinks", "bias"])
 def test_a_head_at_a_time_comes_to_all_heads_of_a_group(
