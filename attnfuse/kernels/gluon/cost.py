@@ -15,30 +15,51 @@ from attnfuse.target import Target
 
 __all__ = ["backward_seconds", "forward_seconds"]
 
-#: Operations a second of both products, by the widest head's tile, and the share of it with a program; measured on one
-#: H200, long sequences.
-RATES = {64: 480e12, 128: 640e12, 256: 680e12}
-WITH_PROGRAM = 0.75
+#: By the widest head's tile, as measured on one H200: operations a second of both products in long sequences; seconds of
+#: a block of rows beside them; the share of the rate with a program, and with one that reads a panel.
+RATES = {64: 560e12, 128: 720e12, 256: 755e12}
+BLOCK = {64: 1.5e-6, 128: 2.0e-6, 256: 5.0e-6}
+WITH_PROGRAM, WITH_PANEL = {64: 0.62, 128: 0.82, 256: 0.92}, {64: 0.53, 128: 0.70, 256: 0.80}
+#: Rows of a block, multiprocessors.
+ROWS, PROCESSORS = 128, 132
 #: The same of float8. Value whose rows are contiguous is copied first, at so many bytes a second, read and written.
 FLOAT8_RATES, FLOAT8_WITH_PROGRAM, TURNED = {64: 600e12, 128: 930e12}, 0.85, 0.33e12
-#: The same of a backward's five products, which are so many times the forward's two; seconds of its launches.
-BACKWARD_RATES = {64: 400e12, 128: 550e12}
-BACKWARD_WITH_PROGRAM, PRODUCTS, BACKWARD_LAUNCH = 0.7, 2.5, 100e-6
+#: The same of a backward's five products, which are so many times the forward's two; its block is one of keys.
+BACKWARD_RATES, BACKWARD_WITH_PROGRAM, PRODUCTS = {64: 415e12, 128: 590e12}, {64: 1.0, 128: 0.8}, 2.5
+BACKWARD_BLOCK, BACKWARD_LAUNCHES = 4e-6, 20e-6
+#: Bytes for each number of query that sums of rows, zeros for dQ and its rounding move.
+STREAMED = 14
 #: Seconds of a launch, and bytes a second from memory.
 LAUNCH, BANDWIDTH = 12e-6, 4.0e12
 
 
 def forward_seconds(problem: Problem) -> float:
     """Seconds of a forward."""
-    narrow = is_float8(problem.query.dtype)
-    width = max(problem.query.shape[-1], problem.value.shape[-1])
-    rate = next(rate for block, rate in (FLOAT8_RATES if narrow else RATES).items() if width <= block)
+    moved = sum(map(_bytes, (problem.query, problem.key, problem.value, *problem.captures))) / BANDWIDTH
+    if is_float8(problem.query.dtype):
+        return max(_float8_seconds(problem), moved) + _turned(problem) + LAUNCH
+    rate = _of_width(RATES, problem)
     if logit_of(problem.spec, rows_kept=problem.rows_kept).core != S:
-        rate *= FLOAT8_WITH_PROGRAM if narrow else WITH_PROGRAM
-    operands = (problem.query, problem.key, problem.value, *problem.captures)
-    moved = sum(map(_bytes, operands))
-    copied = 2 * _bytes(problem.value) / TURNED if narrow and problem.value.minor == "d" else 0.0
-    return max(problem.flops * _reached(problem) / rate, moved / BANDWIDTH) + copied + LAUNCH
+        rate *= _of_width(WITH_PANEL if problem.captured_bytes else WITH_PROGRAM, problem)
+    blocks = problem.heads * math.ceil(problem.rows / ROWS) / PROCESSORS
+    return max(problem.flops * _reached(problem) / rate + blocks * _of_width(BLOCK, problem), moved) + LAUNCH
+
+
+def _float8_seconds(problem: Problem) -> float:
+    rate = _of_width(FLOAT8_RATES, problem)
+    if logit_of(problem.spec, rows_kept=problem.rows_kept).core != S:
+        rate *= FLOAT8_WITH_PROGRAM
+    return problem.flops * _reached(problem) / rate
+
+
+def _turned(problem: Problem) -> float:
+    """Seconds in which value is copied with its columns contiguous."""
+    return 2 * _bytes(problem.value) / TURNED if problem.value.minor == "d" else 0.0
+
+
+def _of_width(table: dict[int, float], problem: Problem) -> float:
+    width = max(problem.query.shape[-1], problem.value.shape[-1])
+    return next(found for block, found in table.items() if width <= block)
 
 
 def _bytes(operand: Operand) -> int:
@@ -49,11 +70,12 @@ def backward_seconds(problem: Problem, other: str, target: Target, *, own: bool)
     """Seconds of a backward: our ``own`` body and the other kernel's gradients of captures, or all the other's."""
     if not own:
         return _other_backward(problem, other, target)
-    width = max(problem.query.shape[-1], problem.value.shape[-1])
-    rate = next(rate for block, rate in BACKWARD_RATES.items() if width <= block)
-    if logit_of(problem.spec).core != S:
-        rate *= BACKWARD_WITH_PROGRAM
-    seconds = PRODUCTS * problem.flops * _reached(problem) / rate + BACKWARD_LAUNCH
+    rate = _of_width(BACKWARD_RATES, problem)
+    if logit_of(problem.spec, rows_kept=problem.rows_kept).core != S:
+        rate *= _of_width(BACKWARD_WITH_PROGRAM, problem)
+    blocks = math.prod(problem.key.shape[:-2]) * math.ceil(problem.keys / ROWS) / PROCESSORS
+    seconds = PRODUCTS * problem.flops * _reached(problem) / rate + blocks * BACKWARD_BLOCK
+    seconds += STREAMED * math.prod(problem.query.shape) / BANDWIDTH + BACKWARD_LAUNCHES
     # gradients of captures are the other kernel's
     bare = _with_gradients(problem, operands=True, captures=False)
     captures = _with_gradients(problem, operands=True)
@@ -73,9 +95,10 @@ def _with_gradients(problem: Problem, *, operands: bool, captures: bool = True) 
 
 
 def _reached(problem: Problem) -> float:
-    """The share of scores in tiles that the mask's band does not skip."""
+    """Scores in tiles that the mask's band does not skip, in whole blocks of rows, over the scores that there are."""
     band = band_of(problem.spec, problem.symbols)
+    firsts = range(0, problem.rows, ROWS)
     if band.open or not problem.scores:
-        return 1.0
-    spans = (band.reach(first, min(first + 128, problem.rows), problem.keys) for first in range(0, problem.rows, 128))
-    return min(1.0, sum(128 * (stop - start) for start, stop in spans) / (problem.rows * problem.keys))
+        return len(firsts) * ROWS / max(problem.rows, 1)
+    spans = (band.reach(first, min(first + ROWS, problem.rows), problem.keys) for first in firsts)
+    return sum(ROWS * (stop - start) for start, stop in spans) / (problem.rows * problem.keys)

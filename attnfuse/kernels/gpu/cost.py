@@ -55,7 +55,11 @@ _TRITON_FLOAT8 = ((64, 0.30), (128, 0.345), (256, 0.345), (512, 0.09))
 _CUDNN_BANDED = 0.95
 #: Backward: operations are 2.5 times the forward's, at this share of the forward's rate; by head size at most.
 #: Triton's beyond 256 is a guess.
-_CUDNN_BACKWARD, _TRITON_BACKWARD = ((64, 0.97), (512, 0.87)), ((128, 0.80), (256, 0.26), (512, 0.20))
+_CUDNN_BACKWARD = ((64, 0.97), (128, 0.87), (512, 0.58))
+_TRITON_BACKWARD = ((64, 0.62), (128, 0.80), (256, 0.29), (512, 0.20))
+#: Seconds of a block of rows beside its products; and bytes for each number of query that go to and fro beside those of
+#: a backward: sums of rows, zeros for dQ, its rounding.
+_BLOCK, _STREAMED = ((64, 1.2e-6), (128, 1.9e-6), (512, 1.8e-6)), 14
 #: In forwards, the gradient of a captured tensor that varies along rows and keys.
 _CAPTURED_BACKWARD = 0.3
 #: The share of the peak that batched products reach.
@@ -111,13 +115,14 @@ def _fused(problem: Problem, target: Target, work: float, share: float, backward
     device = device_of(target)
     band = masking_band(problem.spec, problem.symbols)
     # too few tiles of rows do not fill the processors
-    programs = problem.heads * math.ceil(problem.rows / ROWS_OF_TILE)
-    filled = min(1.0, programs / device.processors)
-    seconds = work * band.share(problem.rows, problem.keys, ROWS_OF_TILE) / (_peak(problem, target) * share * filled)
-    forward = max(seconds, _bytes(problem) / device.bandwidth)
+    turns = problem.heads * math.ceil(problem.rows / ROWS_OF_TILE) / device.processors
+    rate = _peak(problem, target) * share * min(1.0, turns)
+    products = work * band.share(problem.rows, problem.keys, ROWS_OF_TILE) / rate
+    forward = max(products + turns * _share(_BLOCK, problem), _bytes(problem) / device.bandwidth)
     step = 1.0 + 2.5 / backward if problem.training else 1.0
     step += _CAPTURED_BACKWARD if _captured_gradient(problem) else 0.0
-    return step * forward + _LAUNCH + _OP
+    streamed = _STREAMED * math.prod(problem.query.shape) / device.bandwidth if problem.training else 0.0
+    return step * forward + streamed + _LAUNCH + _OP
 
 
 def unfused(problem: Problem, target: Target) -> float:
@@ -133,6 +138,8 @@ def unfused(problem: Problem, target: Target) -> float:
     passes = _PASSES_EAGER if not problem.compiled else _PASSES
     passes += _PASSES_TRAINING if problem.training else 0.0
     passes -= 1.0 if problem.weights else 0.0
+    # a sink is a column that is put beside the scores, and taken off again
+    passes *= 2.0 if problem.spec.sink is not None else 1.0
     moved = passes * problem.scores * problem.query.dtype.itemsize + _bytes(problem)
     step = 3.0 if problem.training else 1.0
     return step * products + moved / device.bandwidth + _UNFUSED_LAUNCHES
