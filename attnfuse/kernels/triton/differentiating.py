@@ -189,8 +189,11 @@ def _apart(reduction: Reduction, given: _Given) -> Reduction:
 
 
 def _alone(reduction: Reduction, rows: Schedule, small: Schedule) -> Schedule:
-    """The schedule of a launch of its own; whole tiles of scores are not pipelined, so they may be large."""
-    if reduction.over != "heads" or rows.rows < 64:
+    """The schedule of a launch of its own; whole tiles of scores are not pipelined, so they may be large.
+
+    Not where dQ's own tiles had to be small: rows and keys of both products are in shared memory at once.
+    """
+    if reduction.over != "heads" or min(rows.rows, rows.keys) < 64:
         return small
     return replace(rows, rows=128, keys=64, warps=8, stages=2)
 

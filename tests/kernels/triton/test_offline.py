@@ -110,6 +110,16 @@ def test_a_backward_with_a_full_bias_has_room(monkeypatch: pytest.MonkeyPatch) -
     assert found["rows_gradient"].resources()["spills"] == 0
 
 
+@pytest.mark.parametrize("target", ["cuda:sm90", "cuda:sm80", "rocm:gfx942"])
+def test_a_bias_that_batches_share_has_room_with_wide_heads(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """Its gradient is summed by a launch of its own, whose tiles took 400 KiB with heads of 256."""
+    for width in (128, 256):
+        sizes = Sizes(8, 2, 2, 256, 256, width, width)
+        found = compiled_backward(monkeypatch, target, spec("0.3 * s + t0", "bfloat16[h,m,n]"), sizes)
+        assert found["captured_gradient"].shared <= SHARED[target]
+        monkeypatch.undo()
+
+
 def test_the_masked_and_the_unmasked_tiles_run_two_programs() -> None:
     """Two functions of one name were one to Triton once, and no mask was applied."""
     found = compiled("cuda:sm90", SPECS["causal"], FULL)
