@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
@@ -48,7 +48,8 @@ def read_site(reader: Reader, node: Node) -> Site | None:
         read = reader.read(weights, weight_place)
         softmax = softmax_over(reader, read, outer)
         if softmax is not None:
-            return assembled(reader, node, place, outer, softmax, read, (weight_place, values, value_place))
+            sides_read = (weight_place, values, value_place)
+            return assembled(reader, node, place, outer, softmax, read, sides_read, Const(1.0))
     return None
 
 
@@ -91,8 +92,11 @@ def assembled(
     softmax: Softmax,
     weights: Expr,
     sides: tuple[Place, Node, Place],
+    factor: Expr,
 ) -> Site:
-    """The site of a softmax; ``sides`` are the place of the weights, the values and theirs."""
+    """The site of a softmax; ``sides`` are the place of the weights, the values and theirs, ``factor`` what multiplies
+    their product.
+    """
     weight_place, values, value_place = sides
     inner = score_product(reader, softmax.logit, softmax.key.axes, value_place)
     if inner is None:
@@ -102,6 +106,7 @@ def assembled(
     sides_of_scores = query_and_key(reader, inner, softmax.key.axes)
     query, key = (factored(reader, *side, inner.node, inner.axes) for side in sides_of_scores)
     value = viewed(reader, values, value_place, outer.node, weight_place)
+    value = replace(value, factor=apply("mul", factor, value.factor))
     dropout, weight = _after_softmax(reader, weights, softmax)
     dot = apply("mul", apply("mul", query.factor, key.factor), S)
     slot = reader.atom(inner)

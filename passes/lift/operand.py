@@ -21,7 +21,7 @@ from attnfuse.passes.site import Leaf, Operand, Place
 from attnfuse.reference import is_float8
 from attnfuse.score import Capture, Const, Expr, Index, apply, rewrite, walk
 
-__all__ = ["factored", "viewed"]
+__all__ = ["axes_of", "comes_from_float8", "factored", "varies", "viewed"]
 
 
 def _scaling(op: str) -> Rule:
@@ -49,7 +49,7 @@ def factored(reader: Reader, node: Node, place: Place, product: Node, inner: tup
     The factor may be moved out of the contraction, which is linear in it.
     """
     found = _dequantised(reader, node, place, product)
-    if found is not None and not _varies(reader, found.factor, set(reader.space.resolve(inner))):
+    if found is not None and not varies(reader, found.factor, set(reader.space.resolve(inner))):
         return found
     return _followed(reader.limited_to(_FACTORED, product), reader, node, place)
 
@@ -57,12 +57,13 @@ def factored(reader: Reader, node: Node, place: Place, product: Node, inner: tup
 def viewed(reader: Reader, node: Node, place: Place, product: Node, weights: Place) -> Operand:
     """Value of ``product``, whose weights are read at ``weights``; a factor can be had by a weight instead."""
     found = _dequantised(reader, node, place, product)
-    if found is not None and not _varies(reader, found.factor, _axes(reader, place) - _axes(reader, weights)):
+    if found is not None and not varies(reader, found.factor, axes_of(reader, place) - axes_of(reader, weights)):
         return found
     return _followed(reader.limited_to(VIEWS, product), reader, node, place)
 
 
-def _axes(reader: Reader, place: Place) -> set[Axis]:
+def axes_of(reader: Reader, place: Place) -> set[Axis]:
+    """The axes that a place runs over."""
     return {axis for index in place for axis in reader.space.resolve(index.axes)}
 
 
@@ -72,7 +73,7 @@ def _axes(reader: Reader, place: Place) -> set[Axis]:
 def _rescaling(op: str) -> Rule:
     def rule(reader: Reader, node: Node, args: Mapping[str, Any], place: Place) -> Expr:
         source, scale = args["self"], args["other"]
-        if op == "mul" and not _comes_from_float8(source):
+        if op == "mul" and not comes_from_float8(source):
             source, scale = scale, source
         if args.get("rounding_mode"):
             raise Unreadable("a quotient that is rounded")
@@ -97,7 +98,7 @@ def _widening(reader: Reader, node: Node, args: Mapping[str, Any], place: Place)
 _DEQUANTISED: Rules = {**VIEWS, **dict.fromkeys(CASTS, _widening), "mul": _rescaling("mul"), "div": _rescaling("div")}
 
 
-def _comes_from_float8(node: object) -> bool:
+def comes_from_float8(node: object) -> bool:
     """Whether a node is a float8 tensor, seen through what dequantises one."""
     while isinstance(node, Node) and facts.is_tensor(node):
         if is_float8(facts.dtype(node)):
@@ -105,27 +106,27 @@ def _comes_from_float8(node: object) -> bool:
         if facts.op_name(node) not in _DEQUANTISED or not node.all_input_nodes:
             return False
         node, *others = node.all_input_nodes
-        if any(map(_comes_from_float8, others)):
+        if any(map(comes_from_float8, others)):
             return True
     return False
 
 
 def _dequantised(reader: Reader, node: Node, place: Place, product: Node) -> Operand | None:
     """The float8 tensor that an operand is made of, and its scale; None where it is made of something else."""
-    if not reader.narrow or not _comes_from_float8(node):
+    if not reader.narrow or not comes_from_float8(node):
         return None
     found = _followed(reader.limited_to(_DEQUANTISED, product), reader, node, place)
     return found if is_float8(facts.dtype(found.source.node)) else None
 
 
-def _varies(reader: Reader, factor: Expr, axes: set[Axis]) -> bool:
+def varies(reader: Reader, factor: Expr, axes: set[Axis]) -> bool:
     """Whether a factor reads any of the axes."""
     for part in walk(factor):
         match part:
             case Index(axis):
                 read = set(reader.space.resolve(reader.axes[axis].axes))
             case Capture(slot) if isinstance(atom := reader.atoms[slot], Leaf):
-                read = _axes(reader, atom.place)
+                read = axes_of(reader, atom.place)
             case Capture():
                 return True
             case _:

@@ -1,13 +1,18 @@
-"""Rows that are normalised, or given a sink, after the product with the values.
+"""Rows that are normalised, given a sink, or scaled, after the product with the values.
 
 ``(exp(x) @ v) / sum(exp(x))`` is a softmax, and ``(softmax(x) @ v) * sigmoid(logsumexp(x) - c)`` one with the sink c,
 since ``sigmoid(l - c) = exp(l) / (exp(l) + exp(c))``: but for a sink as low as a masked score, in a row of nothing
 else, where rounding has made the logsumexp forget how many there are.
+
+Attention of float8 values ends in ``(softmax(x) @ v) * c``, with what weights and values were divided by. As a factor
+of each weight it costs kernels nothing; outside it is a pass over the result, and a second where that is copied next.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial, reduce
 
 from torch.fx import Node
 
@@ -16,10 +21,11 @@ from attnfuse.graph import facts
 from attnfuse.passes.lift.assemble import assembled, softmax_over
 from attnfuse.passes.lift.atoms import Dot, Leaf, Reduced, Softmax
 from attnfuse.passes.lift.normaliser import divided_by_sum
+from attnfuse.passes.lift.operand import axes_of, comes_from_float8, varies
 from attnfuse.passes.lift.reader import Reader
 from attnfuse.passes.lift.reduction import read_whole
 from attnfuse.passes.site import Site
-from attnfuse.score import Apply, Capture, Const, Expr, rewrite, walk
+from attnfuse.score import Apply, Capture, Const, Expr, apply, rewrite, walk
 
 __all__ = ["read_rescaled"]
 
@@ -30,19 +36,53 @@ def read_rescaled(reader: Reader, node: Node) -> Site | None:
         return None
     place = tuple(map(reader.space.fresh, facts.shape(node)))
     match reader.read(node, place):
-        case Apply("div" | "mul" as op, (Capture(slot), by)) if isinstance(outer := reader.atoms[slot], Dot):
+        case Apply("div" as op, (Capture(slot), by)) if isinstance(outer := reader.atoms[slot], Dot):
             pass
-        case Apply("mul" as op, (by, Capture(slot))) if isinstance(outer := reader.atoms[slot], Dot):
-            pass
+        case Apply("mul" as op, _) as scaled if (parts := _of_product(reader, scaled)) is not None:
+            outer, by = parts
         case _:
             return None
     sides = ((outer.left, outer.left_place), (outer.right, outer.right_place))
     for (weights, weight_place), (values, value_place) in (sides, sides[::-1]):
         read = reader.read(weights, weight_place)
         found = _quotient(reader, read, by, outer) if op == "div" else _with_sink(reader, read, by)
+        factor: Expr = Const(1.0)
+        columns = axes_of(reader, value_place) - axes_of(reader, weight_place)
+        if found is None and _dequantises(node, outer, values) and not varies(reader, by, columns):
+            found, factor = read, by if op == "mul" else apply("div", Const(1.0), by)
         if found is not None and (softmax := softmax_over(reader, found, outer)) is not None:
-            return assembled(reader, node, place, outer, softmax, found, (weight_place, values, value_place))
+            sides_read = (weight_place, values, value_place)
+            return assembled(reader, node, place, outer, softmax, found, sides_read, factor)
     return None
+
+
+def _of_product(reader: Reader, scaled: Expr) -> tuple[Dot, Expr] | None:
+    """The one contraction that is a factor, and the product of the others."""
+    factors = list(_factors(scaled))
+    products = [each for each in factors if isinstance(each, Capture) and isinstance(reader.atoms[each.slot], Dot)]
+    if len(products) != 1:
+        return None
+    factors.remove(products[0])
+    outer = reader.atoms[products[0].slot]
+    assert isinstance(outer, Dot)
+    return outer, reduce(partial(apply, "mul"), factors)
+
+
+def _factors(expr: Expr) -> Iterator[Expr]:
+    match expr:
+        case Apply("mul", (left, right)):
+            yield from _factors(left)
+            yield from _factors(right)
+        case _:
+            yield expr
+
+
+def _dequantises(node: Node, product: Dot, values: Node) -> bool:
+    """Whether what scales the product of float8 values is best had by their weights: nobody sees the product itself,
+    and nothing is differentiated, which few kernels do through a weight's program.
+    """
+    unseen = len(product.node.users) == 1 and facts.dtype(node) == facts.dtype(product.node)
+    return unseen and not facts.tensor(node).requires_grad and comes_from_float8(values)
 
 
 def _quotient(reader: Reader, weights: Expr, divisor: Expr, outer: Dot) -> Expr | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -72,26 +72,48 @@ def plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Ref
     """The best plan for a site; refused where no kernel can, or none is estimated to pay."""
     found = _plan(attention, captured, wishes)
     if attention.widened is not None:
-        return _fastest([found, _plan(attention.widened, captured, wishes)], wishes)
+        wide = _plan(attention.widened, captured, wishes)
+        return _fastest([(found, 0.0), (wide, _widening(attention, wide, wishes))], wishes)
     narrow = quantised(attention, wishes.target) if wishes.fp8_attention and isinstance(found, Plan) else None
     if narrow is None:
         return found
     # it competes with the fusion that pays, not with a graph that nobody wrote
-    return _fastest([found, _plan(narrow, captured, replace(wishes, profit=False))], wishes)
+    rounded = _plan(narrow, captured, replace(wishes, profit=False))
+    return _fastest([(found, 0.0), (rounded, _quantising(rounded, wishes))], wishes)
 
 
-def _fastest(found: Sequence[Plan | Refused], wishes: Wishes) -> Plan | Refused:
-    """Of several plans for one site; the first refusal where there is none."""
+def _fastest(found: Sequence[tuple[Plan | Refused, float]], wishes: Wishes) -> Plan | Refused:
+    """Of several plans for one site, each with the seconds that making its operands takes; the first refusal where
+    there is none.
+    """
     # a float8 has no gradient worth having
-    able = [x for x in found if isinstance(x, Plan) and not (x.problem.training and x.attention.spec.out_dtype)]
-    return min(able, key=partial(_in_all, wishes)) if able else found[0]
+    able = [
+        (_attainable(plan.problem, plan.choice, wishes) + before, place, plan)
+        for place, (plan, before) in enumerate(found)
+        if isinstance(plan, Plan) and not (plan.problem.training and plan.attention.spec.out_dtype)
+    ]
+    return min(able)[2] if able else found[0][0]
 
 
-def _in_all(wishes: Wishes, plan: Plan) -> float:
-    """Seconds of a plan, with what quantising takes: operands are read for their largest element, and once more."""
-    table, operands = prices_of(wishes.target), (plan.problem.query, plan.problem.key, plan.problem.value)
-    passes = sum(2 * table.pass_seconds(math.prod(x.shape), torch.bfloat16) for x in operands)
-    return _attainable(plan.problem, plan.choice, wishes) + (passes if plan.attention.quantised else 0.0)
+def _quantising(plan: Plan | Refused, wishes: Wishes) -> float:
+    """Seconds of rounding a plan's operands to float8: they are read for their largest element, and once more."""
+    return sum(2 * _pass(operand, wishes) for operand in _operands(plan))
+
+
+def _widening(narrow: Attention, plan: Plan | Refused, wishes: Wishes) -> float:
+    """Seconds of making the operands of a plan that are float8 in the ``narrow`` attention."""
+    widened = (is_float8(layout.dtype) for layout in narrow.operands)
+    # of each element one byte is read and two are written
+    return sum(0.75 * _pass(operand, wishes) for operand in compress(_operands(plan), widened))
+
+
+def _operands(plan: Plan | Refused) -> tuple[Operand, ...]:
+    return (plan.problem.query, plan.problem.key, plan.problem.value) if isinstance(plan, Plan) else ()
+
+
+def _pass(operand: Operand, wishes: Wishes) -> float:
+    """Seconds of reading and writing an operand of a half type."""
+    return prices_of(wishes.target).pass_seconds(math.prod(operand.shape), torch.bfloat16)
 
 
 def _plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Refused:

@@ -127,7 +127,7 @@ CASES = (
         "head",
         spec("0.25 * (t0 * t1 * s)", *_scales("h"), weight="t2 * p", empty_rows="zero", exact_scores=True, **_OUT),
     ),
-    Case(quantised_weights, "head", spec("0.25 * (t0 * t1 * s)", *_scales("h")[:2], weight="448.0 * p", **_ROUNDED)),
+    Case(quantised_weights, "head", spec("0.25 * (t0 * t1 * s)", *_scales("h"), weight="t2 * p", **_ROUNDED)),
     Case(dequantised_weights, "head", spec("0.25 * (t0 * t1 * s)", *_scales("h"), weight="t2 * p", **_ROUNDED)),
     Case(cache, "token", spec("0.25 * (t0 * s)", "bfloat16[b0,h,n]", "bfloat16[b0,h,n]", weight="t1 * p", **_OUT)),
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.report import Fused
+from attnfuse.score import P, text
 from attnfuse.spec import AttentionSpec
 from tests.float8.programs import CASES, SCALED, Case, each_operand, quantised
 from tests.place.conftest import Picky, picky
@@ -58,6 +59,67 @@ def test_a_scale_that_varies_along_what_is_summed_stays_outside(picky: Picky) ->
     pairs = [quantised(torch.randn(2, 4, 48, 16), SCALED["channel"]) for _ in range(3)]
     site = fused("training IR", each_operand, (*(x for x, _ in pairs), *(scale for _, scale in pairs)), picky({}))
     assert AttentionSpec.from_text(site.spec).captures == ()
+
+
+def behind(q8: Tensor, k8: Tensor, v: Tensor, by: Tensor) -> Tensor:
+    """What values were divided by multiplies their product."""
+    weights = torch.softmax(q8.to(torch.bfloat16) @ k8.to(torch.bfloat16).mT * 0.25, dim=-1)
+    return weights @ v.to(torch.bfloat16) * by
+
+
+def divided(q8: Tensor, k8: Tensor, v: Tensor, by: Tensor) -> Tensor:
+    """The same as a quotient."""
+    weights = torch.softmax(q8.to(torch.bfloat16) @ k8.to(torch.bfloat16).mT * 0.25, dim=-1)
+    return weights @ v.to(torch.bfloat16) / by
+
+
+def seen(q8: Tensor, k8: Tensor, v: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+    """The product is a result too."""
+    weights = torch.softmax(q8.to(torch.bfloat16) @ k8.to(torch.bfloat16).mT * 0.25, dim=-1)
+    out = weights @ v.to(torch.bfloat16)
+    return out, out * by
+
+
+def of_behind(by: Tensor, value: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 48, 16, generator=generator) for _ in range(3))
+    return q.to(torch.float8_e4m3fn), k.to(torch.float8_e4m3fn), v.to(value), by
+
+
+def scale_of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.5).to(dtype)
+
+
+@pytest.mark.parametrize("program", [behind, divided])
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (2, 4, 1, 1), (2, 4, 48, 1), ()], ids=str)
+def test_what_multiplies_the_result_is_a_factor_of_the_weights(
+    shape: tuple[int, ...], program: Callable[..., Tensor], picky: Picky
+) -> None:
+    """Nothing is left to be done with the result."""
+    given = of_behind(scale_of(*shape))
+    found = rewritten("dynamo", as_module(program), given, kernel=picky({}), target="cuda:sm90")
+    (site,) = found.report.fused
+    assert text(AttentionSpec.from_text(site.spec).weight) == ("t0 * p" if program is behind else "p / t0")
+    theirs = program(*given)
+    torch.testing.assert_close(found.run(*given), theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+
+
+OUTSIDE = {
+    "varies along the columns": (behind, of_behind(scale_of(2, 4, 1, 16))),
+    "makes the result wider": (behind, of_behind(scale_of(1, 4, 1, 1, dtype=torch.float32))),
+    "has a gradient": (behind, of_behind(scale_of(1, 4, 1, 1).requires_grad_())),
+    "values are no float8": (behind, of_behind(scale_of(1, 4, 1, 1), torch.bfloat16)),
+    "the product is seen": (seen, of_behind(scale_of(1, 4, 1, 1))),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_what_multiplies_the_result_stays_outside_where_it(name: str, picky: Picky) -> None:
+    program, given = OUTSIDE[name]
+    report = rewritten("dynamo", as_module(program), given, kernel=picky({}), target="cuda:sm90").report
+    (site,) = report.fused
+    assert not report.refused
+    assert AttentionSpec.from_text(site.spec).weight == P
 
 
 def test_a_cast_that_rounds_is_no_dequantisation(picky: Picky) -> None:

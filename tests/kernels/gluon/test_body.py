@@ -83,8 +83,9 @@ def test_half_types(name: str, width: int) -> None:
     assert_as_exact([out], [written_out(given)], [exact(given)])
 
 
-def test_factors_of_rows() -> None:
-    given = case(SPECS["factor of each row"], Sizes((2,), 2, 1, 100, 150, 64, 64), torch.float16)
+@pytest.mark.parametrize("width", [64, 256])
+def test_factors_of_rows(width: int) -> None:
+    given = case(SPECS["factor of each row"], Sizes((2,), 2, 1, 100, 150, width, width), torch.float16)
     out, _ = lookup("gluon").run_with_lse(given.spec, given.operands)
     assert_as_exact([out], [written_out(given)], [exact(given)])
 
