@@ -15,8 +15,8 @@ from attnfuse.target import Target
 
 __all__ = ["backward_seconds", "forward_seconds"]
 
-#: By the widest head's tile, as measured on one H200: operations a second of both products in long sequences; seconds of
-#: a block of rows beside them; the share of the rate with a program, and with one that reads a panel.
+#: By the widest head's tile, as measured on one H200: operations a second of both products in long sequences;
+#: seconds of a block of rows beside them; the share of the rate with a program, and with one that reads a panel.
 RATES = {64: 560e12, 128: 720e12, 256: 755e12}
 BLOCK = {64: 1.5e-6, 128: 2.0e-6, 256: 5.0e-6}
 WITH_PROGRAM, WITH_PANEL = {64: 0.62, 128: 0.82, 256: 0.92}, {64: 0.53, 128: 0.70, 256: 0.80}
