@@ -12,14 +12,15 @@ from tests.support.doors import as_module, rewritten
 
 #: Keys and head sizes, 8192 tokens of 32 heads, and whether products of float8 are the faster.
 CHOICES = {
-    **{(keys, width): True for keys in (512, 1024, 4096) for width in (64, 128)},
+    **{(keys, 64): keys < 4096 for keys in (512, 1024, 4096)},
+    **{(keys, 128): True for keys in (512, 1024, 4096)},
     **{(keys, 256): False for keys in (512, 1024, 4096)},
 }
 
 
 @pytest.mark.parametrize(("keys", "width"), CHOICES)
 def test_what_is_faster(keys: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To widen operands is a pass over each; at heads of 256 the products take less time by more than that."""
+    """To widen operands is a pass over each. At heads of 256, and of 64 with many keys, half types save more than that."""
     monkeypatch.setattr(triton_kernel, "_installed", tuple)
     lying = torch.empty(8192 // keys, keys, 32, width, dtype=torch.float8_e4m3fn)
     scales = (torch.ones(1, 32, 1, 1, dtype=torch.bfloat16) for _ in range(3))

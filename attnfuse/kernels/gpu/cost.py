@@ -58,9 +58,10 @@ _CUDNN_BANDED = 0.95
 #: Triton's beyond 256 is a guess.
 _CUDNN_BACKWARD = ((64, 0.97), (128, 0.87), (512, 0.58))
 _TRITON_BACKWARD = ((64, 0.62), (128, 0.80), (256, 0.29), (512, 0.20))
-#: Seconds of a block of rows beside its products; and bytes for each number of query that go to and fro beside those of
-#: a backward: sums of rows, zeros for dQ, its rounding.
-_BLOCK, _STREAMED = ((64, 1.2e-6), (128, 1.9e-6), (512, 1.8e-6)), 14
+#: Seconds of a block of rows beside its products, cuDNN's and Triton's; and bytes for each number of query that go to
+#: and fro beside a backward's products: sums of rows, zeros for dQ, its rounding.
+_CUDNN_BLOCK = ((64, 1.2e-6), (128, 1.9e-6), (512, 1.8e-6))
+_TRITON_BLOCK, _STREAMED = ((64, 1.2e-6), (128, 1.9e-6), (512, 4e-6)), 14
 #: In forwards, the gradient of a captured tensor that varies along rows and keys.
 _CAPTURED_BACKWARD = 0.3
 #: The share of the peak that batched products reach.
@@ -85,14 +86,16 @@ def triton(problem: Problem, target: Target) -> float:
     share = _share(_TRITON_FLOAT8 if _types(problem, target)[0].itemsize == 1 else _TRITON, problem)
     share *= 1.0 if not problem.captured_bytes else 0.7
     work = problem.flops + _TANH * problem.scores * problem.count("tanh")
-    return _fused(problem, target, work, share, _share(_TRITON_BACKWARD, problem))
+    block = _share(_TRITON_BLOCK, problem)
+    return _fused(problem, target, work, share, block, _share(_TRITON_BACKWARD, problem))
 
 
 def cudnn(problem: Problem, target: Target) -> float:
     """Seconds of cuDNN's attention."""
     open_band = masking_band(problem.spec, problem.symbols).open
     share = _share(_CUDNN, problem) * (1.0 if open_band else _CUDNN_BANDED)
-    return _fused(problem, target, problem.flops, share, _share(_CUDNN_BACKWARD, problem))
+    block = _share(_CUDNN_BLOCK, problem)
+    return _fused(problem, target, problem.flops, share, block, _share(_CUDNN_BACKWARD, problem))
 
 
 def weights(problem: Problem, target: Target) -> float:
@@ -112,14 +115,14 @@ def weights(problem: Problem, target: Target) -> float:
     return forward + products + _PASSES_EAGER * 4 * problem.scores / device.bandwidth
 
 
-def _fused(problem: Problem, target: Target, work: float, share: float, backward: float) -> float:
+def _fused(problem: Problem, target: Target, work: float, share: float, block: float, backward: float) -> float:
     device = device_of(target)
     band = masking_band(problem.spec, problem.symbols)
     # too few tiles of rows do not fill the processors
     turns = problem.heads * math.ceil(problem.rows / ROWS_OF_TILE) / device.processors
     rate = _peak(problem, target) * share * min(1.0, turns)
     products = work * band.share(problem.rows, problem.keys, ROWS_OF_TILE) / rate
-    forward = max(products + turns * _share(_BLOCK, problem), _bytes(problem) / device.bandwidth)
+    forward = max(products + turns * block, _bytes(problem) / device.bandwidth)
     step = 1.0 + 2.5 / backward if problem.training else 1.0
     step += _CAPTURED_BACKWARD if _captured_gradient(problem) else 0.0
     streamed = _STREAMED * math.prod(problem.query.shape) / device.bandwidth if problem.training else 0.0
