@@ -20,7 +20,7 @@ CHOICES = {
 
 @pytest.mark.parametrize(("keys", "width"), CHOICES)
 def test_what_is_faster(keys: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To widen operands is a pass over each. At heads of 256, and of 64 with many keys, half types save more than that."""
+    """To widen operands is a pass over each. At heads of 256, and of 64 with many keys, half types save more."""
     monkeypatch.setattr(triton_kernel, "_installed", tuple)
     lying = torch.empty(8192 // keys, keys, 32, width, dtype=torch.float8_e4m3fn)
     scales = (torch.ones(1, 32, 1, 1, dtype=torch.bfloat16) for _ in range(3))
