@@ -1,4 +1,4 @@
-"""OF WHAT attention is computed: the tensors and sizes of one call, as every kernel takes them."""
+"""What attention is computed of: the tensors and sizes of one call, as every kernel takes them."""
 
 from __future__ import annotations
 
