@@ -9,6 +9,8 @@ python scripts/bench.py --device cuda -n 512,16384 --widths 64,256 --steps forwa
 python scripts/bench.py --device cuda -n 512 --peers "SDPA by hand,attnfuse"
                                                  rows are prepared side by side, on every GPU; timed in turn on each
 python scripts/bench.py --device cuda --models    whole models there, beside the same rewritten by hand
+python scripts/bench.py --device cuda --kernels --only causal,window --json f
+                                                 each kernel's forward and backward alone, for the cost models
 python scripts/bench.py --cost                   fuse_graph against nodes, and against Inductor
 python scripts/bench.py --layouts --device cuda  what layouts cost there; kept for the cost model
 python scripts/bench.py --blocks --device cuda   attention blocks by where their transposes are
@@ -35,10 +37,12 @@ from benchmark import gpu_plot, gpu_table, models
 from benchmark import hopper as kernels
 from benchmark import hopper_backward as backwards
 from benchmark import hopper_float8 as float8
+from benchmark import kernels as alone
 from benchmark.ahead import Prepare, compile_ahead
 from benchmark.cases import DTYPES, QUICK_LENGTH, VARIANTS, Case, cases
 from benchmark.gpu import GpuRow, gpu_cases
 from benchmark.gpu_rows import Machine, measure_rows
+from benchmark.kernels import KernelRow
 from benchmark.layouts import LAYOUT_DEVICES, as_rows, measure_layouts, write
 from benchmark.measure import Effort, Row, measure
 from benchmark.models import ModelRow
@@ -75,6 +79,7 @@ def bench(
     cost: Annotated[bool, typer.Option("--cost", help="measure the rewriting instead")] = False,
     layouts: Annotated[bool, typer.Option("--layouts", help="measure what layouts cost, for the cost model")] = False,
     whole: Annotated[bool, typer.Option("--models", help="measure whole models on a GPU")] = False,
+    each: Annotated[bool, typer.Option("--kernels", help="measure each kernel's steps alone on a GPU")] = False,
     hopper: Annotated[bool, typer.Option("--hopper", help="measure the Gluon kernel on a Hopper GPU instead")] = False,
     blocks: Annotated[bool, typer.Option("--blocks", help="measure attention blocks by layout rule instead")] = False,
     plot: Annotated[Path | None, typer.Option(help="draw a GPU's ratios to this PNG; needs matplotlib")] = None,
@@ -93,6 +98,8 @@ def bench(
         raise typer.BadParameter(f"{device!r} cannot be measured; cpu and cuda can", param_hint="--device")
     if blocks:
         content, targets = _bench_blocks(device, _words(only))
+    elif each:
+        content, targets = _bench_kernels(device, only, lengths, widths, json)
     elif device == "cuda":
         content, targets = (
             _bench_models(only, steps, json) if whole else _bench_gpu(only, lengths, widths, steps, peers, plot, json)
@@ -198,6 +205,25 @@ def _bench_models(only: str, steps: str, json: Path | None) -> tuple[dict[str, S
     return {"models": rows}, models.targets(rows)
 
 
+def _bench_kernels(
+    device: str, only: str, lengths: str, widths: str, json: Path | None
+) -> tuple[dict[str, Sequence[Any]], list[Target]]:
+    names = _known("problem", only, alone.PROBLEMS)
+    todo = alone.kernel_cases(names, *(tuple(map(_length, _words(listed))) for listed in (lengths, widths)))
+    if device != "cuda":
+        raise typer.BadParameter("kernels are measured alone on a GPU, with cuda", param_hint="--device")
+    _need_gpu()
+    _compile_ahead(alone.to_compile(todo))
+    rows: list[KernelRow] = []
+    for row in track(alone.measure_kernels(todo), "measuring", len(todo), console=err):
+        rows.append(row)
+        err.print(alone.as_line(row), highlight=False)
+        _keep(json, {"rows": rows})
+    out.print(alone.as_table(rows))
+    _print_absent(rows)
+    return {"rows": rows}, []
+
+
 def _keep(json: Path | None, content: dict[str, Sequence[Any]]) -> None:
     """What is interrupted keeps the rows that it has."""
     if json is not None:
@@ -217,7 +243,7 @@ def _need_gpu() -> None:
         raise typer.BadParameter("there is no GPU that torch can use", param_hint="--device")
 
 
-def _print_absent(rows: Sequence[Row | GpuRow | ModelRow]) -> None:
+def _print_absent(rows: Sequence[Row | GpuRow | ModelRow | KernelRow]) -> None:
     for row in rows:
         for peer, reason in row.absent.items():
             err.print(f"{row.case}: no figure for {peer}: {reason}", highlight=False)

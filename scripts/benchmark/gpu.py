@@ -29,7 +29,7 @@ from benchmark.cases import VARIANTS, Case, Variant
 from benchmark.clock import Call, graphed, interleaved, seconds
 from benchmark.peers import OURS, PEERS
 
-__all__ = ["HEADS", "GpuCase", "GpuRow", "Prepared", "gpu_cases"]
+__all__ = ["HEADS", "TOKENS", "GpuCase", "GpuRow", "Prepared", "gpu_cases"]
 
 HEADS, WIDTH, LENGTH, TOKENS = 32, 128, 4096, 8192
 #: Decoding's numbers of keys, one query row each, and its batch.

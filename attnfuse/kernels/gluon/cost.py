@@ -19,7 +19,7 @@ __all__ = ["backward_seconds", "forward_seconds"]
 #: seconds of a block of rows beside them; the share of the rate with a program, and with one that reads a panel.
 RATES = {64: 560e12, 128: 720e12, 256: 755e12}
 BLOCK = {64: 1.5e-6, 128: 2.0e-6, 256: 5.0e-6}
-WITH_PROGRAM, WITH_PANEL = {64: 0.62, 128: 0.82, 256: 0.92}, {64: 0.53, 128: 0.70, 256: 0.80}
+WITH_PROGRAM, WITH_PANEL = {64: 0.65, 128: 0.82, 256: 0.92}, {64: 0.56, 128: 0.70, 256: 0.80}
 #: Rows of a block, multiprocessors.
 ROWS, PROCESSORS = 128, 132
 #: The same of float8. Value whose rows are contiguous is copied first, at so many bytes a second, read and written.
