@@ -119,6 +119,26 @@ def disassembled(cubin: Path) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+def test_partitions_are_told_their_number_behind_a_barrier_of_all() -> None:
+    """``racecheck`` reports these writes and reads, one pair a launch: it does not count Triton's barrier of all threads.
+
+    Here it is: each write is followed by it, each read comes after it, and between the two writes partitions end at it.
+    """
+    ptx, _ = compiled(Source(BODIES["128, 4096 keys, causal"], "bf16"))
+    kinds = {
+        "write": r"st\.shared\.v2\.b32\s+\[global_smem\+\d+\], \{\d+, \d+\};", "read": r"ld\.shared\.b8 ",
+        "barrier": r"barrier\.sync\s+1;",
+    }  # fmt: skip
+    found = re.finditer("|".join(f"(?P<{kind}>{text})" for kind, text in kinds.items()), ptx)
+    order = [match.lastgroup for match in found]
+    writes = [place for place, kind in enumerate(order) if kind == "write"]
+    assert len(writes) == 2
+    assert order.count("read") == 1
+    assert all(order[place + 1] == "barrier" for place in writes)
+    assert order[writes[1] - 1] == "barrier"
+    assert order[order.index("read") - 1] == "barrier"
+
+
 def exponents_between_waits(cubin: Path) -> int:
     """The most MUFU.EX2 between a wait that leaves one product in flight and the next wait."""
     most, count, counting = 0, 0, False
