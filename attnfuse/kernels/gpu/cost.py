@@ -149,7 +149,7 @@ def unfused(problem: Problem, target: Target) -> float:
     passes += _PASSES_TRAINING if problem.training else 0.0
     passes -= 1.0 if problem.weights else 0.0
     # a sink is a column that is put beside the scores, and taken off again
-    passes *= 2.0 if problem.spec.sink is not None else 1.0
+    passes *= 2.5 if problem.spec.sink is not None else 1.0
     moved = passes * problem.scores * problem.query.dtype.itemsize + _bytes(problem)
     step = 3.0 if problem.training else 1.0
     return step * products + moved / device.bandwidth + _UNFUSED_LAUNCHES
