@@ -120,7 +120,7 @@ def disassembled(cubin: Path) -> list[str]:
 
 
 def test_partitions_are_told_their_number_behind_a_barrier_of_all() -> None:
-    """``racecheck`` reports these writes and reads, one pair a launch: it does not count Triton's barrier of all threads.
+    """``racecheck`` reports these writes and reads, one pair a launch: it does not count Triton's barrier of all.
 
     Here it is: each write is followed by it, each read comes after it, and between the two writes partitions end at it.
     """
