@@ -11,9 +11,7 @@ training of the worst of the gradients of query, key and value.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +24,8 @@ from attnfuse import fuse_graph
 from attnfuse.report import Report
 from benchmark.byhand import Tensors
 from benchmark.cases import VARIANTS, Case, Variant
-from benchmark.clock import Call, graphed, interleaved, seconds
+from benchmark.clock import Call, interleaved, seconds
+from benchmark.failures import all_graphed, give_back, noted
 from benchmark.peers import OURS, PEERS
 
 __all__ = ["HEADS", "TOKENS", "GpuCase", "GpuRow", "Prepared", "gpu_cases"]
@@ -135,7 +134,7 @@ class Prepared:
         self._kernel = _kernel(case.variant, self._given)
         with FileLock(lock):
             self._truth = _truth(case, self._given)
-            _give_back()
+            give_back()
         self._calls: dict[str, Call] = {}
         self._errors: dict[str, float] = {}
 
@@ -145,10 +144,10 @@ class Prepared:
         Raises what the GPU says to a process that can use it no more: one that read outside of memory.
         """
         absent: dict[str, str] = {}
-        with _noted(absent, peer):
+        with noted(absent, peer):
             if not self._called(peer):
                 absent[peer] = "cannot express it"
-        _give_back()
+        give_back()
         return absent.get(peer, "")
 
     def _called(self, peer: str) -> bool:
@@ -165,7 +164,7 @@ class Prepared:
         """The row of the peers that were added, timed."""
         calls, absent = self._calls, dict[str, str]()
         if calls and min(seconds(call, 3) for call in calls.values()) < BRIEF:
-            calls = _all_graphed(calls, absent)
+            calls = all_graphed(calls, absent)
         return GpuRow(self._case, interleaved(calls), self._kernel, self._errors, absent)
 
 
@@ -192,32 +191,6 @@ def _gradient(case: GpuCase) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(1)
     shape = (case.batch, case.variant.rows or case.length, HEADS * case.width)
     return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
-
-
-@contextmanager
-def _noted(absent: dict[str, str], name: str) -> Iterator[None]:
-    """A peer's failure is a result, and is printed as one."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - see above
-        absent[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    if name in absent:
-        gc.collect()
-
-
-def _give_back() -> None:
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-
-
-def _all_graphed(calls: dict[str, Call], absent: dict[str, str]) -> dict[str, Call]:
-    found: dict[str, Call] = {}
-    for name, call in calls.items():
-        with _noted(absent, name):
-            found[name] = graphed(call)
-        if name in absent:
-            _give_back()
-    return found
 
 
 # --- errors -----------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from attnfuse.spec import AttentionSpec, Captured
 from attnfuse.target import Target
 from benchmark.ahead import Prepare
 from benchmark.clock import Call, interleaved
-from benchmark.gpu import HEADS, TOKENS, _all_graphed, _give_back, _noted
+from benchmark.failures import all_graphed, give_back, noted
+from benchmark.gpu import HEADS, TOKENS
 
 __all__ = [
     "PROBLEMS",
@@ -147,7 +148,7 @@ def measure_kernels(cases: Sequence[KernelCase]) -> Iterator[KernelRow]:
     """The rows, each as it comes."""
     for case in cases:
         yield _measured(case)
-        _give_back()
+        give_back()
 
 
 def _measured(case: KernelCase) -> KernelRow:
@@ -155,10 +156,10 @@ def _measured(case: KernelCase) -> KernelRow:
     calls: dict[str, Call] = {}
     operands = case.operands()
     for name in case.kernels(Target.current(), training=False):
-        with _noted(absent, name):
+        with noted(absent, name):
             calls |= {f"{name} {step}": call for step, call in _steps(case, name, operands).items()}
     # the calls hold what their graphs read: they must live as long
-    found = interleaved(_all_graphed(calls, absent))
+    found = interleaved(all_graphed(calls, absent))
     return KernelRow(case, _by_kernel(found), absent)
 
 

@@ -81,9 +81,9 @@ def test_a_row_has_each_kernels_steps_and_the_reasons_of_others(alone: Any, monk
     monkeypatch.setattr(torch, "randn", randn)
     monkeypatch.setattr(torch, "rand", lambda shape, device: drawn(shape))
     monkeypatch.setattr(alone, "TOKENS", 64)
-    monkeypatch.setattr(alone, "_all_graphed", lambda calls, absent: calls)
+    monkeypatch.setattr(alone, "all_graphed", lambda calls, absent: calls)
     monkeypatch.setattr(alone, "interleaved", timed)
-    monkeypatch.setattr(alone, "_give_back", lambda: None)
+    monkeypatch.setattr(alone, "give_back", lambda: None)
     monkeypatch.setattr(type(alone.lookup("direct")), "run", fails)
     (row,) = alone.measure_kernels(alone.kernel_cases(("bias",), (64,), (16,)))
     assert row.milliseconds["blocked"] == {"forward": 1.0, "backward": 1.0}

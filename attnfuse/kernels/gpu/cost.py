@@ -1,9 +1,10 @@
 """What attention costs on a GPU: seconds of our kernels, of cuDNN's, and of the unfused graph under Inductor.
 
-The model is a roofline: operations over the rate that the matrix units reach in that kernel, or bytes over the
-memory's bandwidth, whichever takes longer, and a launch. Peaks are the vendors'; the shares of them that kernels
-reach were measured on an H200 with torch 2.11 (8192 or 4096 keys, heads of 64, 128 and 256) and are taken for all
-targets: what is decided is which of two is faster on one device.
+The model is a roofline: operations over the rate that the matrix units reach in that kernel, and what each block of
+rows takes beside them, or bytes over the memory's bandwidth, whichever takes longer; and a launch. Peaks are the
+vendors'; the rest was measured on an H200 with torch 2.11 (512 to 16384 keys, heads of 64, 128 and 256) and is taken
+for all targets: what is decided is which of two is faster on one device. ``tests/kernels/test_chosen_as_measured.py``
+holds the choices to what was measured.
 """
 
 from __future__ import annotations
