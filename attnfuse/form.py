@@ -9,8 +9,8 @@ without one is still attention, only unnamed. ``form_of(form.expr()) == form`` f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial, reduce
 
 from attnfuse.score import Apply, Const, Expr, P, Prob, S, Score, apply, walk
 from attnfuse.spec import AttentionSpec
@@ -49,14 +49,16 @@ class Form:
             out = apply("mul", cap, apply("tanh", apply("div", out, cap)))
         for summand in self.bias:
             out = apply("add", out, summand)
-        if self.keep:
-            mask = self.keep[0]
-            for conjunct in self.keep[1:]:
-                mask = apply("and", mask, conjunct)
-            if self.added:
-                return apply("add", out, apply("where", mask, Const(0.0), Const(self.fill)))
-            return apply("where", mask, out, Const(self.fill))
-        return out
+        return _masked(out, self.keep, self.fill, added=self.added)
+
+
+def _masked(inside: Expr, keep: tuple[Expr, ...], fill: float, *, added: bool) -> Expr:
+    if not keep:
+        return inside
+    mask = reduce(partial(apply, "and"), keep)
+    if added:
+        return apply("add", inside, apply("where", mask, Const(0.0), Const(fill)))
+    return apply("where", mask, inside, Const(fill))
 
 
 def _scaled(scale: Expr) -> Expr:
@@ -96,10 +98,19 @@ def form_of(score: Expr) -> Form | None:
 
 @dataclass(frozen=True)
 class Mask:
-    """The conjuncts that a key must meet to be kept, and the logit that it has elsewhere."""
+    """The conjuncts that a key must meet to be kept, the logit that it has elsewhere, and the program of kept keys.
+
+    Of programs that have no form too. The mask is a summand where ``added``.
+    """
 
     keep: tuple[Expr, ...]
     fill: float
+    inside: Expr
+    added: bool = False
+
+    def expr(self) -> Expr:
+        """The whole program; without conjuncts that of kept keys."""
+        return _masked(self.inside, self.keep, self.fill, added=self.added)
 
 
 def masked_by(spec: AttentionSpec) -> Mask | None:
@@ -108,12 +119,14 @@ def masked_by(spec: AttentionSpec) -> Mask | None:
     Without a softmax only a key of weight zero is masked.
     """
     match spec.score:
-        case Apply("where", (mask, _, Const(value))) if not _reads_score(mask):
+        case Apply("where", (mask, inside, Const(value))) if not _reads_score(mask):
             if spec.normaliser == "none" and (value != 0 or spec.weight != P):
                 return None
-            return Mask(tuple(_conjuncts(mask)), float(value))
+            return Mask(tuple(_conjuncts(mask)), float(value), inside)
     form = form_of(spec.score)
-    return None if form is None or not form.keep else Mask(form.keep, form.fill)
+    if form is None or not form.keep:
+        return None
+    return Mask(form.keep, form.fill, replace(form, keep=()).expr(), form.added)
 
 
 def weight_factor(weight: Expr) -> Expr | None:

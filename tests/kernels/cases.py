@@ -65,6 +65,8 @@ SPECS = {
     "alibi": spec("where(n <= m, 0.3 * s + t0 * (n - m), -inf)", "float32[h]"),
     "softcap": spec("5.0 * tanh(0.3 * s / 5.0)"),
     "softcap, causal": spec(f"where(n <= m, 5.0 * tanh(0.3 * s / 5.0), {MIN})"),
+    "no form, causal": spec("where(n <= m, 2.0 * tanh(0.3 * s), -inf)"),
+    "no form, rows of equal weights": spec("where(n <= m - 3, 2.0 * tanh(0.3 * s), -1000000000.0)"),
     "sink": spec("where(n <= m - 3, 0.3 * s, -inf)", "float32[h]", sink="t0"),
     "sink, finite fill": spec(f"where(n <= m - 3, 0.3 * s, {MIN})", "float32[h]", sink="t0"),
     "sink of a half type": spec(f"0.3 * s + where(n <= m, 0.0, {HALF_MIN})", "bfloat16[h]", sink="t0"),

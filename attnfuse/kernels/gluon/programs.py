@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 
-from attnfuse.features import features
-from attnfuse.form import ABSORBING, Form, form_of, weight_factor
+from attnfuse.features import mask_features
+from attnfuse.form import ABSORBING, masked_by, weight_factor
 from attnfuse.kernels.rows import Band, band_of, is_edge, rows_kept
 from attnfuse.kernels.triton import logit_of
 from attnfuse.score import Const, Expr, P, apply, walk
@@ -62,35 +62,29 @@ def _skips(spec: AttentionSpec, rows: int, keys: int, symbols: tuple[int, ...]) 
 
     A finite fill gives them weight in a row that keeps no key at all.
     """
-    form = form_of(spec.score)
-    if form is None or form.fill > ABSORBING:
-        return False
-    return form.fill == float("-inf") or rows_kept(spec, rows, keys, symbols)
+    mask = masked_by(spec)
+    if mask is None or mask.fill == float("-inf"):
+        return True
+    return mask.fill <= ABSORBING and rows_kept(spec, rows, keys, symbols)
 
 
 def mask_of(spec: AttentionSpec, *, banded: bool) -> Expr | None:
     """What decides of a key beside the band, or with it where the band is not left out; None where nothing does."""
-    form = form_of(spec.score)
-    if form is None or form.fill > ABSORBING:
+    mask = masked_by(spec)
+    if mask is None or mask.fill > ABSORBING:
         return None
-    masks = _beside_a_band(spec, form)
-    asked = masks if banded else form.keep
-    return reduce(lambda left, right: apply("and", left, right), asked) if masks else None
-
-
-def _beside_a_band(spec: AttentionSpec, form: Form) -> tuple[Expr, ...]:
-    found = features(spec)
-    assert found is not None
-    named = found[len(found) - len(form.keep) - (spec.sink is not None) :]
-    return tuple(keep for keep, name in zip(form.keep, named, strict=False) if not is_edge(name))
+    named = zip(mask.keep, mask_features(mask, spec.captures), strict=True)
+    beside = tuple(keep for keep, name in named if not is_edge(name))
+    asked = beside if banded else mask.keep
+    return reduce(partial(apply, "and"), asked) if beside else None
 
 
 def _unfilled(spec: AttentionSpec) -> AttentionSpec:
     """With -inf for a finite fill that nobody sees: the logit is then not as large as the fill."""
-    form = form_of(spec.score)
-    if form is None or not form.keep:
+    mask = masked_by(spec)
+    if mask is None:
         return spec
-    return replace(spec, score=replace(form, fill=float("-inf"), added=False).expr())
+    return replace(spec, score=replace(mask, fill=float("-inf"), added=False).expr())
 
 
 def _is_large(program: Expr) -> bool:

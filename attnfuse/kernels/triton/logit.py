@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from attnfuse.features import features
-from attnfuse.form import ABSORBING, form_of
+from attnfuse.features import mask_features
+from attnfuse.form import ABSORBING, masked_by
 from attnfuse.kernels.rows import FILL, is_edge
 from attnfuse.score import Apply, Capture, Const, Expr, S, apply, rewrite, walk
 from attnfuse.spec import AttentionSpec, Captured, axes_of
@@ -51,10 +51,10 @@ class Logit:
 @lru_cache(maxsize=1024)
 def logit_of(spec: AttentionSpec, *, rows_kept: bool = False) -> Logit:
     """The score program of a spec, taken apart; ``rows_kept`` says that every row is proven to keep a key."""
-    form = form_of(spec.score)
-    if rows_kept and form is not None and form.keep and form.fill <= ABSORBING:
+    mask = masked_by(spec)
+    if rows_kept and mask is not None and mask.fill <= ABSORBING:
         # nobody sees the fill: but for tiles in which a row keeps nothing, whose maximum it would be for a while
-        spec = replace(spec, score=replace(form, fill=float("-inf"), added=False).expr())
+        spec = replace(spec, score=replace(mask, fill=float("-inf"), added=False).expr())
     programs = (spec.score, _inside(spec), _unmasked(spec))
     masked, core, bare = (rewrite(program, _one_constant) for program in programs)
     if _may_be_huge(spec):
@@ -69,18 +69,17 @@ def logit_of(spec: AttentionSpec, *, rows_kept: bool = False) -> Logit:
 
 def _inside(spec: AttentionSpec) -> Expr:
     """The program of a key that the mask's band keeps: without the conjuncts that are the band."""
-    form, found = form_of(spec.score), features(spec)
-    if form is None or found is None:
+    mask = masked_by(spec)
+    if mask is None:
         return spec.score
-    masks = found[len(found) - len(form.keep) - (spec.sink is not None) :]
-    pairs = zip(form.keep, masks, strict=False)
-    return replace(form, keep=tuple(keep for keep, mask in pairs if not is_edge(mask))).expr()
+    named = zip(mask.keep, mask_features(mask, spec.captures), strict=True)
+    return replace(mask, keep=tuple(keep for keep, name in named if not is_edge(name))).expr()
 
 
 def _unmasked(spec: AttentionSpec) -> Expr:
     """The program of a key that the whole mask keeps."""
-    form = form_of(spec.score)
-    return spec.score if form is None else replace(form, keep=()).expr()
+    mask = masked_by(spec)
+    return spec.score if mask is None else mask.inside
 
 
 def _one_constant(part: Expr) -> Expr:

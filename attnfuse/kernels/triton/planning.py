@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from attnfuse.errors import BadProgram
-from attnfuse.form import ABSORBING, form_of, weight_factor
+from attnfuse.form import ABSORBING, masked_by, weight_factor
 from attnfuse.kernels.float8 import HEADROOM, product_types
 from attnfuse.kernels.gpu.cost import device_of
 from attnfuse.kernels.measured import fastest_schedule
@@ -125,8 +125,8 @@ def _able(schedule: Schedule) -> Schedule:
 
 
 def _fill(spec: AttentionSpec) -> float:
-    form = form_of(spec.score)
-    return float("-inf") if form is None else form.fill
+    mask = masked_by(spec)
+    return float("-inf") if mask is None else mask.fill
 
 
 def factors_of_weights(spec: AttentionSpec) -> tuple[Expr | None, Expr | None]:

@@ -45,6 +45,14 @@ def test_bands_and_mild_fills_need_no_lists(score: str) -> None:
     assert found.bare == found.cut
 
 
+def test_programs_without_a_form_have_a_mask_all_the_same() -> None:
+    found = programs_of(
+        spec("where((n <= m) & (t0 == t1), tanh(0.5 * s), -inf)", *("int32[b0,m]", "int32[b0,n]")), 9, 9, ()
+    )
+    assert found.band == Band(None, 0, exact=False)
+    assert (text(found.cut), text(found.bare)) == ("where(t0 == t1, tanh(0.5 * s), -inf)", "tanh(0.5 * s)")
+
+
 def test_an_offset_that_is_captured_is_no_edge() -> None:
     assert texts(spec("where(n <= m + t0, 0.5 * s, -inf)", "int64[b0]")) == (
         "where(n <= m + t0, s, -inf)",
