@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnfuse.form import form_of
+from attnfuse.form import masked_by
 from attnfuse.kernels.triton import function_text, logit_of, untranslatable
 from attnfuse.reference import Scope, evaluate
 from attnfuse.score import Expr, parse, text
@@ -64,8 +64,8 @@ def test_the_parts_of_a_logit_are_the_logit(name: str) -> None:
     score = torch.randn(*given.query.shape[:-1], given.key.shape[-2])
     scope = replace(scope, score=score)
     wanted, found = evaluate(given.spec.score, scope), logit.factor * evaluate(logit.masked, scope)
-    form = form_of(given.spec.score)
-    masked = torch.zeros(()) > 0 if form is None or not form.keep else wanted == form.fill
+    mask = masked_by(given.spec)
+    masked = torch.zeros(()) > 0 if mask is None else wanted == mask.fill
     masked = masked.expand(wanted.shape)
     assert torch.equal(wanted[masked], found[masked])
     core = logit.factor * evaluate(logit.core, scope)
