@@ -8,11 +8,10 @@ without one is still attention, only unnamed. ``form_of(form.expr()) == form`` f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial, reduce
+from functools import lru_cache
 
-from attnfuse.score import Apply, Const, Expr, P, Prob, S, Score, apply, walk
+from attnfuse.score import Apply, Const, Expr, P, Prob, S, Score, apply, joined, parted, walk
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["ABSORBING", "Form", "Mask", "form_of", "masked_by", "weight_factor"]
@@ -55,7 +54,7 @@ class Form:
 def _masked(inside: Expr, keep: tuple[Expr, ...], fill: float, *, added: bool) -> Expr:
     if not keep:
         return inside
-    mask = reduce(partial(apply, "and"), keep)
+    mask = joined("and", keep)
     if added:
         return apply("add", inside, apply("where", mask, Const(0.0), Const(fill)))
     return apply("where", mask, inside, Const(fill))
@@ -78,9 +77,9 @@ def form_of(score: Expr) -> Form | None:
     fill, added = float("-inf"), False
     match score:
         case Apply("where", (mask, inner, Const(value))) if not _reads_score(mask):
-            keep, fill, score = tuple(_conjuncts(mask)), float(value), inner
+            keep, fill, score = tuple(parted("and", mask)), float(value), inner
         case Apply("add", (inner, Apply("where", (mask, Const(0.0), Const(value))))) if value <= ABSORBING:
-            keep, fill, score, added = tuple(_conjuncts(mask)), float(value), inner, True
+            keep, fill, score, added = tuple(parted("and", mask)), float(value), inner, True
     bias, score = _split_bias(score)
     softcap: float | None = None
     match score:
@@ -122,7 +121,7 @@ def masked_by(spec: AttentionSpec) -> Mask | None:
         case Apply("where", (mask, inside, Const(value))) if not _reads_score(mask):
             if spec.normaliser == "none" and (value != 0 or spec.weight != P):
                 return None
-            return Mask(tuple(_conjuncts(mask)), float(value), inside)
+            return Mask(tuple(parted("and", mask)), float(value), inside)
     form = form_of(spec.score)
     if form is None or not form.keep:
         return None
@@ -142,15 +141,6 @@ def weight_factor(weight: Expr) -> Expr | None:
 
 def _reads_score(expr: Expr) -> bool:
     return any(isinstance(part, Score) for part in walk(expr))
-
-
-def _conjuncts(mask: Expr) -> Iterator[Expr]:
-    match mask:
-        case Apply("and", (left, right)):
-            yield from _conjuncts(left)
-            yield from _conjuncts(right)
-        case _:
-            yield mask
 
 
 def _split_bias(score: Expr) -> tuple[tuple[Expr, ...], Expr]:

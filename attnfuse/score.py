@@ -23,10 +23,10 @@ from __future__ import annotations
 import ast
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial, reduce
 
 from attnfuse.errors import BadProgram
 
@@ -43,7 +43,9 @@ __all__ = [
     "Score",
     "Symbol",
     "apply",
+    "joined",
     "parse",
+    "parted",
     "rewrite",
     "text",
     "walk",
@@ -157,6 +159,21 @@ def apply(op: str, *args: Expr) -> Apply:
     if ARITY.get(op) != len(args):
         raise BadProgram(f"no operation {op!r} with {len(args)} arguments")
     return Apply(op, args)
+
+
+def joined(op: str, parts: Sequence[Expr]) -> Expr:
+    """One program of an operation over at least one part, from the left."""
+    return reduce(partial(apply, op), parts)
+
+
+def parted(op: str, expr: Expr) -> Iterator[Expr]:
+    """What an operation of two arguments was applied to, however it was nested."""
+    match expr:
+        case Apply(name, (left, right)) if name == op:
+            yield from parted(op, left)
+            yield from parted(op, right)
+        case _:
+            yield expr
 
 
 def walk(expr: Expr) -> Iterator[Expr]:

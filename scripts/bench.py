@@ -19,7 +19,7 @@ python scripts/bench.py --hopper --json out.json the Gluon kernel against cuDNN 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from multiprocessing import get_context
@@ -161,11 +161,7 @@ def _length(word: str) -> int:
 def _bench_rows(
     todo: Sequence[Case], effort: Effort, json: Path | None
 ) -> tuple[dict[str, Sequence[Any]], list[Target]]:
-    rows: list[Row] = []
-    for case in track(todo, "measuring", console=err):
-        rows.append(_in_fresh_process(measure, case, effort))
-        err.print(as_line(rows[-1]), highlight=False)
-        _keep(json, {"rows": rows})
+    rows = _collected((_in_fresh_process(measure, case, effort) for case in todo), len(todo), as_line, json)
     out.print(as_table(rows))
     _print_absent(rows)
     return {"rows": rows}, [*speed(rows), *growth(rows)]
@@ -195,11 +191,7 @@ def _bench_gpu(
 def _bench_models(only: str, steps: str, json: Path | None) -> tuple[dict[str, Sequence[Any]], list[Target]]:
     _need_gpu()
     todo = models.model_cases(_known("model", only, models.MODELS), _known("step", steps, STEPS))
-    rows: list[ModelRow] = []
-    for row in track(models.measure_models(todo), "measuring", len(todo), console=err):
-        rows.append(row)
-        err.print(models.as_line(row), highlight=False)
-        _keep(json, {"models": rows})
+    rows = _collected(models.measure_models(todo), len(todo), models.as_line, json, "models")
     out.print(models.as_table(rows))
     _print_absent(rows)
     return {"models": rows}, models.targets(rows)
@@ -214,14 +206,22 @@ def _bench_kernels(
         raise typer.BadParameter("kernels are measured alone on a GPU, with cuda", param_hint="--device")
     _need_gpu()
     _compile_ahead(alone.to_compile(todo))
-    rows: list[KernelRow] = []
-    for row in track(alone.measure_kernels(todo), "measuring", len(todo), console=err):
-        rows.append(row)
-        err.print(alone.as_line(row), highlight=False)
-        _keep(json, {"rows": rows})
+    rows = _collected(alone.measure_kernels(todo), len(todo), alone.as_line, json)
     out.print(alone.as_table(rows))
     _print_absent(rows)
     return {"rows": rows}, []
+
+
+def _collected(
+    found: Iterable[T], count: int, as_line: Callable[[T], str], json: Path | None, key: str = "rows"
+) -> list[T]:
+    """Rows as they come, each printed and kept at once."""
+    rows: list[T] = []
+    for row in track(found, "measuring", count, console=err):
+        rows.append(row)
+        err.print(as_line(row), highlight=False)
+        _keep(json, {key: rows})
+    return rows
 
 
 def _keep(json: Path | None, content: dict[str, Sequence[Any]]) -> None:

@@ -7,11 +7,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from attnfuse.features import Causal, Feature, Window, mask_features
-from attnfuse.form import ABSORBING, form_of, masked_by
+from attnfuse.form import ABSORBING, Mask, form_of, masked_by
 from attnfuse.score import Apply, Capture, Const, Expr, Index, Symbol, walk
-from attnfuse.spec import AttentionSpec
+from attnfuse.spec import AttentionSpec, Captured
 
-__all__ = ["FILL", "MARGIN", "Band", "band_of", "is_edge", "masking_band", "masking_fill", "rows_kept", "skips_surely"]
+__all__ = [
+    "FILL",
+    "MARGIN",
+    "Band",
+    "band_of",
+    "beside_band",
+    "masking_band",
+    "masking_fill",
+    "rows_kept",
+    "skips_surely",
+]
 
 #: A fill at or below this masks; a higher one is taken for a score.
 FILL = -1e4
@@ -78,19 +88,25 @@ def band_of(spec: AttentionSpec, symbols: tuple[int, ...] = ()) -> Band:
     if mask is None:
         return Band(exact=form_of(spec.score) is not None or spec.normaliser == "none")
     found = mask_features(mask, spec.captures)
-    edges = [(type(f), _number(f.offset, symbols)) for f in found if is_edge(f) and isinstance(f, (Causal, Window))]
+    edges = [(type(f), _number(f.offset, symbols)) for f in found if _is_edge(f) and isinstance(f, (Causal, Window))]
     left = [offset for edge, offset in edges if edge is Window and offset is not None]
     right = [offset for edge, offset in edges if edge is Causal and offset is not None]
     exact = len(left) + len(right) == len(mask.keep)
     return Band(max(left, default=None), min(right, default=None), exact)
 
 
-def is_edge(feature: Feature) -> bool:
+def _is_edge(feature: Feature) -> bool:
     """Whether a part of a mask is an edge of its band: not where its offset is captured, or differs by batch."""
     if not isinstance(feature, (Causal, Window)):
         return False
     parts = walk(feature.offset)
     return all(isinstance(part, (Const, Symbol)) or getattr(part, "op", None) in _ARITHMETIC for part in parts)
+
+
+def beside_band(mask: Mask, captures: tuple[Captured, ...]) -> tuple[Expr, ...]:
+    """The conjuncts of a mask that are no edge of its band."""
+    named = zip(mask.keep, mask_features(mask, captures), strict=True)
+    return tuple(keep for keep, name in named if not _is_edge(name))
 
 
 def masking_fill(spec: AttentionSpec) -> float | None:

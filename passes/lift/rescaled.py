@@ -10,9 +10,7 @@ of each weight it costs kernels nothing; outside it is a pass over the result, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial, reduce
 
 from torch.fx import Node
 
@@ -25,7 +23,7 @@ from attnfuse.passes.lift.operand import axes_of, comes_from_float8, varies
 from attnfuse.passes.lift.reader import Reader
 from attnfuse.passes.lift.reduction import read_whole
 from attnfuse.passes.site import Site
-from attnfuse.score import Apply, Capture, Const, Expr, apply, rewrite, walk
+from attnfuse.score import Apply, Capture, Const, Expr, apply, joined, parted, rewrite, walk
 
 __all__ = ["read_rescaled"]
 
@@ -58,23 +56,14 @@ def read_rescaled(reader: Reader, node: Node) -> Site | None:
 
 def _of_product(reader: Reader, scaled: Expr) -> tuple[Dot, Expr] | None:
     """The one contraction that is a factor, and the product of the others."""
-    factors = list(_factors(scaled))
+    factors = list(parted("mul", scaled))
     products = [each for each in factors if isinstance(each, Capture) and isinstance(reader.atoms[each.slot], Dot)]
     if len(products) != 1:
         return None
     factors.remove(products[0])
     outer = reader.atoms[products[0].slot]
     assert isinstance(outer, Dot)
-    return outer, reduce(partial(apply, "mul"), factors)
-
-
-def _factors(expr: Expr) -> Iterator[Expr]:
-    match expr:
-        case Apply("mul", (left, right)):
-            yield from _factors(left)
-            yield from _factors(right)
-        case _:
-            yield expr
+    return outer, joined("mul", factors)
 
 
 def _dequantises(node: Node, product: Dot, values: Node) -> bool:

@@ -39,7 +39,7 @@ def forward_seconds(problem: Problem) -> float:
     if is_float8(problem.query.dtype):
         return max(_float8_seconds(problem), moved) + _turned(problem) + LAUNCH
     rate = _of_width(RATES, problem)
-    if logit_of(problem.spec, rows_kept=problem.rows_kept).core != S:
+    if _has_program(problem):
         rate *= _of_width(WITH_PANEL if problem.captured_bytes else WITH_PROGRAM, problem)
     blocks = problem.heads * math.ceil(problem.rows / ROWS) / PROCESSORS
     return max(problem.flops * _reached(problem) / rate + blocks * _of_width(BLOCK, problem), moved) + LAUNCH
@@ -47,9 +47,14 @@ def forward_seconds(problem: Problem) -> float:
 
 def _float8_seconds(problem: Problem) -> float:
     rate = _of_width(FLOAT8_RATES, problem)
-    if logit_of(problem.spec, rows_kept=problem.rows_kept).core != S:
+    if _has_program(problem):
         rate *= FLOAT8_WITH_PROGRAM
     return problem.flops * _reached(problem) / rate
+
+
+def _has_program(problem: Problem) -> bool:
+    """Whether more is done to the scores of whole tiles than to scale them."""
+    return logit_of(problem.spec, rows_kept=problem.rows_kept).core != S
 
 
 def _turned(problem: Problem) -> float:
@@ -71,7 +76,7 @@ def backward_seconds(problem: Problem, other: str, target: Target, *, own: bool)
     if not own:
         return _other_backward(problem, other, target)
     rate = _of_width(BACKWARD_RATES, problem)
-    if logit_of(problem.spec, rows_kept=problem.rows_kept).core != S:
+    if _has_program(problem):
         rate *= _of_width(BACKWARD_WITH_PROGRAM, problem)
     blocks = math.prod(problem.key.shape[:-2]) * math.ceil(problem.keys / ROWS) / PROCESSORS
     seconds = PRODUCTS * problem.flops * _reached(problem) / rate + blocks * BACKWARD_BLOCK

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial, reduce
 
-from attnfuse.features import mask_features
 from attnfuse.form import ABSORBING, masked_by, weight_factor
-from attnfuse.kernels.rows import Band, band_of, is_edge, rows_kept
+from attnfuse.kernels.rows import Band, band_of, beside_band, rows_kept
 from attnfuse.kernels.triton import logit_of
-from attnfuse.score import Const, Expr, P, apply, walk
+from attnfuse.score import Const, Expr, P, joined, walk
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["Programs", "mask_of", "programs_of"]
@@ -73,10 +71,8 @@ def mask_of(spec: AttentionSpec, *, banded: bool) -> Expr | None:
     mask = masked_by(spec)
     if mask is None or mask.fill > ABSORBING:
         return None
-    named = zip(mask.keep, mask_features(mask, spec.captures), strict=True)
-    beside = tuple(keep for keep, name in named if not is_edge(name))
-    asked = beside if banded else mask.keep
-    return reduce(partial(apply, "and"), asked) if beside else None
+    beside = beside_band(mask, spec.captures)
+    return joined("and", beside if banded else mask.keep) if beside else None
 
 
 def _unfilled(spec: AttentionSpec) -> AttentionSpec:

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from attnfuse.features import mask_features
 from attnfuse.form import ABSORBING, masked_by
-from attnfuse.kernels.rows import FILL, is_edge
+from attnfuse.kernels.rows import FILL, beside_band
 from attnfuse.score import Apply, Capture, Const, Expr, S, apply, rewrite, walk
 from attnfuse.spec import AttentionSpec, Captured, axes_of
 
@@ -70,10 +69,7 @@ def logit_of(spec: AttentionSpec, *, rows_kept: bool = False) -> Logit:
 def _inside(spec: AttentionSpec) -> Expr:
     """The program of a key that the mask's band keeps: without the conjuncts that are the band."""
     mask = masked_by(spec)
-    if mask is None:
-        return spec.score
-    named = zip(mask.keep, mask_features(mask, spec.captures), strict=True)
-    return replace(mask, keep=tuple(keep for keep, name in named if not is_edge(name))).expr()
+    return spec.score if mask is None else replace(mask, keep=beside_band(mask, spec.captures)).expr()
 
 
 def _unmasked(spec: AttentionSpec) -> Expr:
