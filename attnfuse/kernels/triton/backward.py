@@ -216,7 +216,9 @@ def load_rows_of(sums, seed, head, first, rows, b, h, PLAN: tl.constexpr):
     i = first + tl.arange(0, PLAN.rows)
     flat = tl.cast(head, tl.int64) * rows + i
     top = tl.load(top_of + flat, mask=i < rows, other=float("inf"))
-    norm = tl.load(norm_of + flat, mask=i < rows, other=0.0)
+    norm = tl.full([PLAN.rows], 1.0, tl.float32)
+    if PLAN.uncertain:
+        norm = tl.load(norm_of + flat, mask=i < rows, other=0.0)
     delta = tl.load(delta_of + flat, mask=i < rows, other=0.0)
     bits = flat
     if PLAN.dropout > 0.0:
@@ -373,9 +375,9 @@ def rows_gradient(
 @triton.jit
 def walk_rows(
     dk, dv, k, v, rows_of, grads_of, q_at, g_at, sums, seed, head, n, b, h, first, last, rows, keys,
-    scope, CORE: tl.constexpr, PLAN: tl.constexpr,
+    scope, KEY: tl.constexpr, VALUE: tl.constexpr, CORE: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Adds rows ``first..last-1`` of a query head to the gradients of a tile of keys.
+    """Adds rows ``first..last-1`` of a query head to the gradients of a tile of keys that are asked for.
 
     Tiles are ``[keys, rows]``, so that their products' operands stay in registers; where a captured tensor is read for
     each score they lie as it does, ``[rows, keys]``.
@@ -386,20 +388,24 @@ def walk_rows(
         grad = load_tile(grads_of, g_at, m0, rows, PLAN.rows, PLAN.value_width, PLAN.value_padded, not PLAN.even_rows)
         if PLAN.upright:
             s = tl.dot(q, k.trans(), input_precision=PLAN.precision)
-            dp = tl.dot(grad, v.trans(), input_precision=PLAN.precision)
+            dp = tl.dot(grad, v.trans(), input_precision=PLAN.precision) if KEY else s
             used, _, dx = differentiated(s, dp, top[:, None], norm[:, None], delta[:, None], bits[:, None], b, h,
                                          i[:, None], n[None, :], rows, keys, scope, CORE, PLAN)  # fmt: skip
-            dv = tl.dot(used.to(grad.dtype).trans(), grad, dv, input_precision=PLAN.precision)
-            ds = pulled(s, dx, b, h, i[:, None], n[None, :], rows, keys, scope, CORE, PLAN)
-            dk = tl.dot(ds.to(q.dtype).trans(), q, dk, input_precision=PLAN.precision)
+            if VALUE:
+                dv = tl.dot(used.to(grad.dtype).trans(), grad, dv, input_precision=PLAN.precision)
+            if KEY:
+                ds = pulled(s, dx, b, h, i[:, None], n[None, :], rows, keys, scope, CORE, PLAN)
+                dk = tl.dot(ds.to(q.dtype).trans(), q, dk, input_precision=PLAN.precision)
         else:
             s = tl.dot(k, q.trans(), input_precision=PLAN.precision)
-            dp = tl.dot(v, grad.trans(), input_precision=PLAN.precision)
+            dp = tl.dot(v, grad.trans(), input_precision=PLAN.precision) if KEY else s
             used, _, dx = differentiated(s, dp, top[None, :], norm[None, :], delta[None, :], bits[None, :], b, h,
                                          i[None, :], n[:, None], rows, keys, scope, CORE, PLAN)  # fmt: skip
-            dv = tl.dot(used.to(grad.dtype), grad, dv, input_precision=PLAN.precision)
-            ds = pulled(s, dx, b, h, i[None, :], n[:, None], rows, keys, scope, CORE, PLAN)
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PLAN.precision)
+            if VALUE:
+                dv = tl.dot(used.to(grad.dtype), grad, dv, input_precision=PLAN.precision)
+            if KEY:
+                ds = pulled(s, dx, b, h, i[None, :], n[:, None], rows, keys, scope, CORE, PLAN)
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PLAN.precision)
     return dk, dv
 
 
@@ -408,7 +414,10 @@ def keys_gradient(
     query, key, value, grad_out, grad_key, grad_value, sums, strange, scope, seed,
     q_at, k_at, v_at, g_at, dk_at, dv_at, sizes, band, PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Writes ``grad_key`` and ``grad_value``, a tile of keys a program, all query heads that share it in turn."""
+    """Writes ``grad_key`` and ``grad_value``, a tile of keys a program, all query heads that share it in turn.
+
+    One of them may be None: its products are left out.
+    """
     b1_size, heads, rows, keys, _ = sizes
     tiles = tl.cdiv(keys, PLAN.keys)
     in_batch = heads // PLAN.groups
@@ -443,9 +452,14 @@ def keys_gradient(
         rows_of, grads_of = placed(query, q_at, b, h), placed(grad_out, g_at, b, h)
         # one loop: the tiles that a mask leaves whole cost a compare each, a second loop in the same program spills
         dk, dv = walk_rows(dk, dv, k, v, rows_of, grads_of, q_at, g_at, sums, seed, head, n, b, h,
-                           start, stop, rows, keys, scope, not (PLAN.left or PLAN.right), PLAN)  # fmt: skip
-    store_tile(placed(grad_key, dk_at, b, hk), dk_at, first, keys, dk * PLAN.factor, PLAN.keys, PLAN.width, PLAN.padded)
-    store_tile(placed(grad_value, dv_at, b, hk), dv_at, first, keys, dv, PLAN.keys, PLAN.value_width, PLAN.value_padded)
+                           start, stop, rows, keys, scope, grad_key is not None, grad_value is not None,
+                           not (PLAN.left or PLAN.right), PLAN)  # fmt: skip
+    if grad_key is not None:
+        target = placed(grad_key, dk_at, b, hk)
+        store_tile(target, dk_at, first, keys, dk * PLAN.factor, PLAN.keys, PLAN.width, PLAN.padded)
+    if grad_value is not None:
+        target = placed(grad_value, dv_at, b, hk)
+        store_tile(target, dv_at, first, keys, dv, PLAN.keys, PLAN.value_width, PLAN.value_padded)
 
 
 # --- captures ---------------------------------------------------------------------------------------

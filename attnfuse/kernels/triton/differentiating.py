@@ -15,7 +15,7 @@ from attnfuse.kernels.triton.logit import logit_of
 from attnfuse.kernels.triton.memory import Memory
 from attnfuse.kernels.triton.plan import BackwardPlan
 from attnfuse.kernels.triton.planning import plan_of
-from attnfuse.kernels.triton.tables import Shape, backward_schedules
+from attnfuse.kernels.triton.tables import BackwardSchedules, Shape, backward_schedules
 from attnfuse.score import Capture, Const, Expr, S, apply
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
@@ -45,7 +45,7 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Launches:
-    """The plans of the sums of rows, of dQ, and of dK and dV.
+    """The plans of the sums of rows, of dQ, and of dK and dV; ``values`` is None where one launch does both of these.
 
     ``captured`` are plan and reduction of each capture that has a launch of its own, by slot; ``rider`` is the slot of
     the one whose gradient dQ's kernel computes on its way, with its reduction.
@@ -54,6 +54,7 @@ class Launches:
     sums: BackwardPlan
     rows: BackwardPlan
     keys: BackwardPlan
+    values: BackwardPlan | None
     captured: dict[int, tuple[BackwardPlan, Reduction]]
     rider: tuple[int, Reduction] | None = None
 
@@ -87,12 +88,15 @@ def launches_of(
     needs: tuple[bool, ...],
     target: Target,
     precision: str,
-    schedules: tuple[Schedule, Schedule] | None = None,
+    schedules: BackwardSchedules | None = None,
 ) -> Launches:
-    """Of query, key, value and captures in ``memories``; ``schedules`` (dQ's, dK's and dV's) override the table's."""
+    """Of query, key, value and captures in ``memories``; ``schedules`` override the table's."""
     given = _Given(spec, memories, symbols, target, precision)
-    rows, keys = schedules or _tabled(given)
-    small = replace(rows, rows=min(rows.rows, 64), keys=min(rows.keys, 64), warps=4)
+    chosen = schedules or _tabled(given)
+    rows = chosen.rows
+    # keys that had to be few leave no room for what is loaded ahead, of both products at once
+    stages = rows.stages if rows.keys >= 64 else 1
+    small = replace(rows, rows=min(rows.rows, 64), keys=min(rows.keys, 64), warps=4, stages=stages)
     sums = _plan(given, small)
     programs = _captured_programs(sums, needs[3:])
     reductions = {slot: _reduction(spec, slot, given.extents, given.keys) for slot in programs}
@@ -100,7 +104,8 @@ def launches_of(
     return Launches(
         sums=sums,
         rows=_plan(given, rows) if rider is None else _plan(given, rows, programs[rider], reductions[rider].over),
-        keys=_plan(given, keys),
+        keys=_plan(given, chosen.keys),
+        values=None if chosen.values is None else _plan(given, chosen.values),
         captured={
             slot: (_plan(given, _alone(each, rows, small), programs[slot], each.over), each)
             for slot, each in reductions.items()
@@ -122,7 +127,7 @@ def backward_plan(
     return _plan(_Given(spec, memories, symbols, target, precision), schedule)
 
 
-def _tabled(given: _Given) -> tuple[Schedule, Schedule]:
+def _tabled(given: _Given) -> BackwardSchedules:
     query, _, value, *captures = given.memories
     width, value_width = (1 << (x.shape[-1] - 1).bit_length() for x in (query, value))
     banded = not masking_band(given.spec, given.symbols).open

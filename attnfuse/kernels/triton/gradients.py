@@ -14,12 +14,12 @@ from torch import Tensor
 from attnfuse.derivative import pullback
 from attnfuse.kernels.kernel import Residual
 from attnfuse.kernels.rows import masking_band
-from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton.differentiating import MOST_TURNS, Launches, Reduction, launches_of
 from attnfuse.kernels.triton.launch import on_device, options_of
 from attnfuse.kernels.triton.memory import Memory, capture_strides, memory_of
 from attnfuse.kernels.triton.plan import BackwardPlan
 from attnfuse.kernels.triton.planning import precision_of
+from attnfuse.kernels.triton.tables import BackwardSchedules
 from attnfuse.operands import Operands
 from attnfuse.reference import Scope, evaluate, seed_of
 from attnfuse.score import Capture
@@ -49,8 +49,8 @@ class Sums:
 class Gradients:
     """One backward, ``residual`` with the forward's lse.
 
-    ``needs`` says for query, key, value and each capture whether its gradient is asked for. ``schedules`` are those
-    of dQ and of dK and dV.
+    ``needs`` says for query, key, value and each capture whether its gradient is asked for. ``schedules`` override
+    the table's.
     """
 
     spec: AttentionSpec
@@ -58,7 +58,7 @@ class Gradients:
     operands: Operands
     needs: Sequence[bool]
     residual: Residual
-    schedules: tuple[Schedule, Schedule] | None = None
+    schedules: BackwardSchedules | None = None
 
     def run(self) -> tuple[Tensor | None, ...]:
         """The gradients, each in its operand's shape and dtype; None where it is not asked for."""
@@ -67,7 +67,7 @@ class Gradients:
             query, ridden = self._of_rows(sums) if self.needs[0] else (None, None)
             key, value = self._of_keys(sums) if self.needs[1] or self.needs[2] else (None, None)
             found = [self._of_capture(slot, sums, ridden) for slot in range(len(self.needs) - 3)]
-        return (query, key if self.needs[1] else None, value if self.needs[2] else None, *found)
+        return (query, key, value, *found)
 
     # --- what all launches share --------------------------------------------------------------------
 
@@ -171,20 +171,33 @@ class Gradients:
         )  # fmt: skip
         return found, target
 
-    def _of_keys(self, sums: Sums) -> tuple[Tensor, Tensor]:
+    def _of_keys(self, sums: Sums) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of key and value, from one launch or from one each."""
+        shared, apart = (self.operands.key, self.operands.value), self.launches.values
+        rooms = (_like(x, self.batch, _sum_dtype(x, self.batch)) if need else None
+                 for x, need in zip(shared, self.needs[1:3], strict=True))  # fmt: skip
+        key, value = rooms
+        if apart is None:
+            self._into_keys(self.launches.keys, key, value, sums)
+        if apart is not None and key is not None:
+            self._into_keys(self.launches.keys, key, None, sums)
+        if apart is not None and value is not None:
+            self._into_keys(apart, None, value, sums)
+        pairs = zip((key, value), shared, strict=True)
+        key, value = (x if x is None else x.sum_to_size(like.shape).to(like.dtype) for x, like in pairs)
+        return key, value
+
+    def _into_keys(self, plan: BackwardPlan, key: Tensor | None, value: Tensor | None, sums: Sums) -> None:
+        """Launches what writes the gradients that there is room for."""
         from attnfuse.kernels.triton.backward import keys_gradient  # noqa: PLC0415 - see _sums
 
-        plan, shared = self.launches.keys, (self.operands.key, self.operands.value)
-        found = [_like(x, self.batch, _sum_dtype(x, self.batch)) for x in shared]
         heads = self.heads // plan.groups
-        keys_gradient[(-(-shared[0].shape[-2] // plan.keys) * heads,)](
-            *self.operands.qkv, self.grad_out, *found, *sums.read, self.scope, self.seed,
-            *map(self.strides, (*self.operands.qkv, self.grad_out, *found)), self.sizes, self.band, plan,
-            **options_of(plan.schedule),
+        keys_gradient[(-(-self.operands.key.shape[-2] // plan.keys) * heads,)](
+            *self.operands.qkv, self.grad_out, key, value, *sums.read, self.scope, self.seed,
+            *map(self.strides, (*self.operands.qkv, self.grad_out)),
+            *(None if x is None else self.strides(x) for x in (key, value)),
+            self.sizes, self.band, plan, **options_of(plan.schedule),
         )  # fmt: skip
-        pairs = zip(found, shared, strict=True)
-        key, value = (grad.sum_to_size(operand.shape).to(operand.dtype) for grad, operand in pairs)
-        return key, value
 
     # --- captures -----------------------------------------------------------------------------------
 

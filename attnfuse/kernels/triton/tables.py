@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.target import Target
 
-__all__ = ["Shape", "backward_schedules", "keys_outside_for", "schedule_for", "with_spans", "with_splits"]
+__all__ = [
+    "BackwardSchedules",
+    "Shape",
+    "backward_schedules",
+    "keys_outside_for",
+    "schedule_for",
+    "with_spans",
+    "with_splits",
+]
 
 
 @dataclass(frozen=True)
@@ -151,16 +159,45 @@ def _power(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-#: The backward: head size at most, then the schedules of dQ and of dK and dV; for two-byte elements.
-_BACKWARD = (
-    (128, Schedule(rows=128, keys=64, warps=8, stages=3), Schedule(rows=64, keys=128, warps=8, stages=3)),
-    (256, Schedule(rows=64, keys=32, warps=4, stages=1), Schedule(rows=32, keys=64, warps=8, stages=1)),
-    (512, Schedule(rows=32, keys=16, warps=4, stages=1), Schedule(rows=16, keys=32, warps=8, stages=1)),
+@dataclass(frozen=True)
+class BackwardSchedules:
+    """Those of dQ, of dK, and of dV; ``values`` is None where one launch makes both of these."""
+
+    rows: Schedule
+    keys: Schedule
+    values: Schedule | None = None
+
+
+_ROWS_128 = Schedule(rows=128, keys=64, warps=8, stages=3)
+_BACKWARD_256 = BackwardSchedules(
+    rows=Schedule(rows=64, keys=32, warps=4, stages=1), keys=Schedule(rows=32, keys=64, warps=8, stages=1)
 )
-#: Tiles of dK and dV for heads of 128 at most: where a band skips tiles, small ones skip more; where scores read
-#: tensors of their own, those need registers.
-_BANDED_KEYS = Schedule(rows=32, keys=64, warps=4, stages=3)
-_CROWDED_KEYS = Schedule(rows=64, keys=64, warps=4, stages=2)
+_BACKWARD_512 = BackwardSchedules(
+    rows=Schedule(rows=32, keys=16, warps=4, stages=1), keys=Schedule(rows=16, keys=32, warps=8, stages=1)
+)
+#: The sums of dK and dV for 128 keys would be all registers that there are: one after the other they have the tiles
+#: that dQ has, and eight products in large tiles take half the time of seven in small ones.
+_APART_256 = BackwardSchedules(
+    rows=Schedule(rows=128, keys=32, warps=8, stages=3),
+    keys=Schedule(rows=32, keys=128, warps=8, stages=3),
+    values=Schedule(rows=32, keys=128, warps=8, stages=4),
+)
+_CROWDED_256 = BackwardSchedules(
+    rows=Schedule(rows=64, keys=32, warps=4, stages=3), keys=Schedule(rows=64, keys=64, warps=8, stages=2)
+)
+#: The backward: head size at most, then the schedules of whole scores, behind a band, whose small tiles skip more, and
+#: where scores read tensors of their own, which need registers; for two-byte elements.
+_BACKWARD = (
+    (
+        128,
+        BackwardSchedules(_ROWS_128, Schedule(rows=64, keys=128, warps=8, stages=3)),
+        BackwardSchedules(_ROWS_128, Schedule(rows=32, keys=64, warps=4, stages=3)),
+        BackwardSchedules(_ROWS_128, Schedule(rows=64, keys=64, warps=4, stages=2)),
+    ),
+    (256, _BACKWARD_256, _BACKWARD_256, _BACKWARD_256),
+    (512, _BACKWARD_512, _BACKWARD_512, _BACKWARD_512),
+)
+_BACKWARD_HOPPER = (_BACKWARD[0], (256, _APART_256, _APART_256, _CROWDED_256), _BACKWARD[2])
 #: Bytes of shared memory of a program, by the beginning of ``str(target)``; the first that fits.
 _SHARED = (
     ("cuda:sm9", 227 << 10),
@@ -173,28 +210,33 @@ _SHARED = (
 )
 
 
-def backward_schedules(target: Target, shape: Shape, crowd: int) -> tuple[Schedule, Schedule]:
-    """The schedules of dQ and of dK and dV; ``crowd`` are bytes of captured tensors that each score reads."""
-    rows, keys = next((rows, keys) for most, rows, keys in _BACKWARD if shape.widest <= most)
-    if (shape.banded or crowd) and shape.widest <= 128:
-        keys = _CROWDED_KEYS if crowd else _BANDED_KEYS
+def backward_schedules(target: Target, shape: Shape, crowd: int) -> BackwardSchedules:
+    """The schedules of a backward; ``crowd`` are bytes of captured tensors that each score reads."""
+    table = _BACKWARD_HOPPER if str(target).startswith("cuda:sm9") else _BACKWARD
+    whole, banded, crowded = next(schedules for most, *schedules in table if shape.widest <= most)
+    found = crowded if crowd else banded if shape.banded else whole
     if shape.itemsize > 2:
         size = 32 if shape.widest <= 128 else 16
-        rows, keys = (replace(each, rows=size, keys=size, warps=4, stages=1) for each in (rows, keys))
+        found = BackwardSchedules(*2 * [Schedule(rows=size, keys=size, warps=4, stages=1)])
     room = next((size for name, size in _SHARED if str(target).startswith(name)), _SHARED[0][1])
-    return _fitting(rows, shape, crowd, room, turned=False), _fitting(keys, shape, crowd, room, turned=True)
+    both = shape.padded + shape.value_padded
+    return BackwardSchedules(
+        _fitting(found.rows, shape, crowd, room, both, turned=False),
+        _fitting(found.keys, shape, crowd, room, both, turned=True),
+        None if found.values is None else _fitting(found.values, shape, crowd, room, shape.padded, turned=True),
+    )
 
 
-def _fitting(found: Schedule, shape: Shape, crowd: int, room: int, *, turned: bool) -> Schedule:
+def _fitting(found: Schedule, shape: Shape, crowd: int, room: int, kept: int, *, turned: bool) -> Schedule:
     """The schedule with as many stages as there is shared memory for, and smaller tiles where one is too many.
 
-    What stays are a program's own rows, or keys where it is ``turned``; with a crowd it keeps its weights there too. A
-    stage holds the other's tiles, and what its scores read.
+    What stays are ``kept`` numbers of a program's own rows, or keys where it is ``turned``; with a crowd it keeps its
+    weights there too. A stage holds the other's tiles, and what its scores read.
     """
     while True:
         stay, pass_by = (found.keys, found.rows) if turned else (found.rows, found.keys)
         scores, width = found.rows * found.keys, (shape.padded + shape.value_padded) * shape.itemsize
-        fixed = stay * width + (2 * scores * shape.itemsize if turned and crowd else 0)
+        fixed = stay * kept * shape.itemsize + (2 * scores * shape.itemsize if turned and crowd else 0)
         stage = pass_by * width + scores * crowd
         if fixed + stage <= room or found.rows * found.keys <= 16 * 16:
             return replace(found, stages=max(1, min(found.stages, (room - fixed) // stage)))

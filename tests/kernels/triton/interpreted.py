@@ -18,11 +18,14 @@ from attnfuse.kernels.kernel import Residual
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton.gradients import Gradients
 from attnfuse.kernels.triton.launch import attend
+from attnfuse.kernels.triton.tables import BackwardSchedules
 from attnfuse.reference import attention as reference
 from attnfuse.score import P
 from tests.kernels.cases import COMMON, MIN, SPECS, Case, Sizes, assert_as_exact, case, exact, spec, written_out
 
 TILE = Schedule(rows=16, keys=16)
+#: dK and dV from one launch, and from one each.
+TOGETHER, APART = BackwardSchedules(TILE, TILE), BackwardSchedules(TILE, TILE, TILE)
 KEYS_OUTSIDE = replace(TILE, algorithm="keys outside")
 SMALL = Sizes((2,), 2, 1, 19, 37, 8, 8)
 #: Paths through the forward that other specs take too.
@@ -124,6 +127,11 @@ def test_gradients(name: str) -> None:
     check_gradients(given, with_lse=name in ("causal", "sink, finite fill"))
 
 
+@pytest.mark.parametrize("name", ["causal, rows of equal weights", "window", "two biases", "dropout"])
+def test_gradients_of_key_and_value_from_launches_of_their_own(name: str) -> None:
+    check_gradients(case(SPECS[name], SMALL, torch.float32), schedules=APART)
+
+
 @pytest.mark.parametrize("fill", [MIN, float("-inf")], ids=["lowest", "infinite"])
 @pytest.mark.parametrize("axes", ["b0,h,m,n", "b0,m", "b0,n", "b0"])
 def test_an_additive_mask_that_leaves_rows_nothing(axes: str, fill: float) -> None:
@@ -171,15 +179,16 @@ def test_an_out_that_was_rounded_shows_in_no_sum_over_keys(name: str) -> None:
 
 
 def check_gradients(
-    given: Case, *, with_lse: bool = False, out_type: torch.dtype = torch.float32, compared: int | None = None
-) -> None:
+    given: Case, *, with_lse: bool = False, out_type: torch.dtype = torch.float32, compared: int | None = None,
+    schedules: BackwardSchedules = TOGETHER,
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     grad_out = torch.randn(*given.query.shape[:-1], given.value.shape[-1], generator=generator)
     grad_lse = torch.randn(*given.query.shape[:-1], generator=generator) if with_lse else None
     out, lse = attend(given.spec, given.operands, with_lse=True, schedule=TILE)
     needs = [x.is_floating_point() for x in given.tensors]
     residual = Residual(out.to(out_type).to(out.dtype), lse, grad_lse)
-    found = Gradients(given.spec, grad_out, given.operands, needs, residual, (TILE, TILE)).run()
+    found = Gradients(given.spec, grad_out, given.operands, needs, residual, schedules).run()
     source, truth = (differentiated(x, grad_out, grad_lse) for x in (given, given.to(torch.float64)))
     # weights are exp(s - lse), whose relative error is that of the lse
     roundings = 16.0 + lse.nan_to_num(neginf=0.0).clamp(-1e3, 1e3).abs().amax().item()

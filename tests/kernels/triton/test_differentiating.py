@@ -71,9 +71,14 @@ def test_tiles_have_room(target: str, crowd: int, width: int, itemsize: int) -> 
     room = {"cuda:sm80": 163, "cuda:sm90": 227, "cuda:sm100": 227, "rocm:gfx942": 64, "rocm:gfx950": 160}.get(
         target, 128
     )
-    rows, keys = backward_schedules(Target.parse(target), Shape(width, width, itemsize, False, 4096), crowd)
-    for found, kept, passing in ((rows, rows.rows, rows.keys), (keys, keys.keys, keys.rows)):
+    chosen = backward_schedules(Target.parse(target), Shape(width, width, itemsize, False, 4096), crowd)
+    number = width * itemsize
+    # rows keep query and the gradient of out, keys key and value; where values are apart, key alone
+    kept = [(chosen.rows, chosen.rows.rows, 2), (chosen.keys, chosen.keys.keys, 2)]
+    kept += [] if chosen.values is None else [(chosen.values, chosen.values.keys, 1)]
+    for found, stay, operands in kept:
         scores = found.rows * found.keys
-        weights = 2 * scores * itemsize if found is keys and crowd else 0
-        used = kept * 2 * width * itemsize + weights + found.stages * (passing * 2 * width * itemsize + scores * crowd)
+        passing = scores // stay
+        weights = 2 * scores * itemsize if found is not chosen.rows and crowd else 0
+        used = stay * operands * number + weights + found.stages * (passing * 2 * number + scores * crowd)
         assert used <= room << 10 or scores <= 16 * 16

@@ -126,7 +126,7 @@ def test_gradients(name: str, kernel: str) -> None:
 
 @pytest.mark.parametrize("sizes", {**WIDTHS, **BATCHES})
 def test_gradients_of_every_size(sizes: str) -> None:
-    for name in ("scaled", "causal", "bias", "sink"):
+    for name in ("scaled", "causal", "bias", "sink", "dropout"):
         check_gradients(case(SPECS[name], {**WIDTHS, **BATCHES}[sizes], torch.bfloat16), "triton")
 
 

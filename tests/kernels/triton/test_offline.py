@@ -120,6 +120,24 @@ def test_a_bias_that_batches_share_has_room_with_wide_heads(monkeypatch: pytest.
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("name", ["scaled", "causal", "dropout"])
+def test_on_hopper_dk_and_dv_of_wide_heads_are_computed_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All by wgmma, tiles of 128 and 32, and nothing spills."""
+    target, width = "cuda:sm90", 256
+    found = compiled_backward(monkeypatch, target, SPECS[name], Sizes(1, 2, 2, 1024, 1024, width, width))
+    del found["row_sums"]
+    loops = 2 if name == "causal" else 1
+    of_scores, of_a_gradient = width // 16, 32 // 16
+    assert {each: products(kernel, target) for each, kernel in found.items()} == {
+        "rows_gradient": loops * (2 * of_scores + of_a_gradient),
+        "keys_gradient": 2 * of_scores + of_a_gradient,
+        "keys_gradient, again": of_scores + of_a_gradient,
+    }
+    for kernel in found.values():
+        assert kernel.count("ptx", r"mma\.sync") == kernel.resources()["spills"] == 0
+        assert kernel.shared <= SHARED[target]
+
+
 def test_the_masked_and_the_unmasked_tiles_run_two_programs() -> None:
     """Two functions of one name were one to Triton once, and no mask was applied."""
     found = compiled("cuda:sm90", SPECS["causal"], FULL)
