@@ -202,8 +202,8 @@ def programmed(s, b, h, m, first, keys, scope, CORE: tl.constexpr, PLAN: tl.cons
 
 @triton.jit
 def powers(u, top, PLAN: tl.constexpr, HEADROOM: tl.constexpr = 0.0):
-    """``2 ** (exponent * (u - top) + HEADROOM)``; by a single multiply-add where no product overflows."""
-    if PLAN.huge:
+    """``2 ** (exponent * (u - top) + HEADROOM)``; by a single multiply-add where a product may be rounded."""
+    if PLAN.precise:
         return tl.exp2((u - top) * PLAN.exponent + HEADROOM)
     return tl.exp2(u * PLAN.exponent - (top * PLAN.exponent - HEADROOM))
 

@@ -23,9 +23,10 @@ class Plan:
     computed as. ``groups`` query heads share a key head; ``packed`` puts them into one tile of rows. ``left`` and
     ``right`` say that the mask's band is closed on that side, ``rest`` that rows which keep no key must see the
     keys outside of it too, where no logit is above ``floor``. ``even`` says that tiles divide the keys. ``wide``
-    are 64-bit offsets within a tile. Weights are multiplied by ``key_factor_program`` in the tile and by
-    ``row_factor_program`` when a row is done; query is multiplied with key as ``scores``, weights with value as
-    ``weights``, names of types. Weights in the loop are at most ``2 ** headroom``.
+    are 64-bit offsets within a tile. ``precise`` differences of logits are taken before they are multiplied: one of
+    them may be as large as floats are, or a product's rounding counts, as it does in float32. Weights are multiplied by
+    ``key_factor_program`` in the tile and by ``row_factor_program`` when a row is done; query is multiplied with key as
+    ``scores``, weights with value as ``weights``, names of types. Weights in the loop are at most ``2 ** headroom``.
     """
 
     schedule: Schedule
@@ -36,6 +37,7 @@ class Plan:
     exponent: float
     factor: float
     huge: bool
+    precise: bool
     batch: int
     groups: int
     packed: bool

@@ -84,6 +84,7 @@ def plan_of(
         exponent=logit.exponent,
         factor=logit.factor,
         huge=logit.huge,
+        precise=logit.huge or torch.float32 in (scores, weights),
         batch=spec.batch,
         groups=groups,
         packed=packed,

@@ -224,3 +224,13 @@ def test_dq_is_read_in_the_order_that_hopper_adds_it_in(tile: int, block: int) -
     strides = found.stride()[:3]
     finish[(batch * heads * tiles,)](added, found, heads, rows, *strides, 0.5, tile, block, width, 8)
     torch.testing.assert_close(found, 0.5 * whole[:, :, :rows, :width], atol=0, rtol=0)
+
+
+def test_float32_is_as_exact_however_far_from_zero_scores_are() -> None:
+    """Where each is 1024 more, their differences are the same, and exact; times log2(e) 1024 is off by 2^-14."""
+    given = case(spec("1.0 * s"), SMALL, torch.float32)
+    for far in (0.0, 32.0):
+        query, key = (x.mul(4).round() / 4 for x in (given.query, given.key))
+        query[..., 0] = key[..., 0] = far
+        moved = replace(given, query=query, key=key)
+        assert_as_exact([attend(moved.spec, moved.operands, schedule=TILE)[0]], [exact(moved)], [exact(moved)], 8.0)
