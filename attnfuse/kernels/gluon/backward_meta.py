@@ -50,6 +50,9 @@ class BackwardMeta:
         return 65536 // (128 * 3) // 8 * 8
 
 
-def backward_meta(width: int, value_width: int) -> BackwardMeta:
+def backward_meta(width: int, value_width: int, *, banded: bool) -> BackwardMeta:
     """The choices for heads of these widths, up to 128; measured on one H200 (NOTES.md says how)."""
-    return BackwardMeta(block_of(width), block_of(value_width))
+    blocks = block_of(width), block_of(value_width)
+    # a tile of 64 takes half as long as one of 128, so more of them have to be on their way
+    stages = 3 if max(blocks) > 64 else 4 if banded else 5
+    return BackwardMeta(*blocks, stages=stages)

@@ -17,6 +17,7 @@ from attnfuse.kernels.gluon.backward_meta import BackwardMeta, backward_meta
 from attnfuse.kernels.gluon.backward_programs import BodyPrograms, body_programs
 from attnfuse.kernels.gluon.plan import LISTED, TYPES, places
 from attnfuse.kernels.gluon.reads import given, only_of, reads_of
+from attnfuse.kernels.rows import masking_band
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.kernels.triton import Listing
 from attnfuse.kernels.triton.differentiating import MOST_TURNS, backward_plan
@@ -80,7 +81,9 @@ def backward_sourced(gradients: Gradients, meta: BackwardMeta | None = None) -> 
     """What is to be compiled, and the programs it is made of."""
     spec, symbols = gradients.spec, len(gradients.operands.symbols)
     captures = gradients.operands.captures[: len(spec.captures)]
-    chosen = meta or backward_meta(gradients.operands.query.shape[-1], gradients.operands.value.shape[-1])
+    banded = not masking_band(spec, gradients.operands.symbols).open
+    widths = gradients.operands.query.shape[-1], gradients.operands.value.shape[-1]
+    chosen = meta or backward_meta(*widths, banded=banded)
     schedule = Schedule(rows=chosen.block_m, keys=chosen.block_n)
     facts = backward_plan(*gradients.geometry, schedule, *gradients.compiled_for)
     rows, keys = gradients.operands.query.shape[-2], gradients.operands.key.shape[-2]
@@ -137,7 +140,7 @@ def _with_facts(
     added = 0 if slot is None else _added(gradients, programs, slot)
     return replace(
         meta,
-        stages=min(meta.stages, 2) if slot is not None and _crowded(gradients, slot, programs) else meta.stages,
+        stages=2 if slot is not None and _crowded(meta, gradients, slot, programs) else meta.stages,
         early=meta.early or (programs.bare == S and not (facts.left or facts.right or programs.mask is not None)),
         longest_first=facts.right and not facts.left,
         left=facts.left,
@@ -156,8 +159,13 @@ def _with_facts(
     )
 
 
-def _crowded(gradients: Gradients, slot: int, programs: BodyPrograms) -> bool:
-    """Whether a panel, or what is handed to the warps beside one, leaves no room for three tiles of queries."""
+def _crowded(meta: BackwardMeta, gradients: Gradients, slot: int, programs: BodyPrograms) -> bool:
+    """Whether a panel, or what is handed to the warps beside one, leaves no room for three tiles of queries.
+
+    Of heads of 64 there is room for five.
+    """
+    if max(meta.head_block, meta.value_block) <= 64:
+        return False
     wide = gradients.operands.captures[slot].dtype == torch.float32
     return wide or programs.mask is not None or len(gradients.spec.captures) > MOST_BESIDE
 

@@ -40,7 +40,7 @@ SPECS = {
     ),
     "causal documents": _spec("where((n <= m) & (t0 == t1), 0.1 * s, -inf)", "int32[b0,m]", "int32[b0,n]"),
 }
-#: Bytes that a thread spills; in the loop none of a full attention's.
+#: Bytes that a thread spills with heads of 128; in the loop none of a full attention's.
 SPILLED = {"full": 0, "causal": 0, "window": 0, "softcap": 160, "slopes": 32, "bias": 64, "float32 bias": 64,
            "documents": 32, "bias of documents": 240, "bias in a window": 360, "causal documents": 180}  # fmt: skip
 ROWS = 1024
@@ -69,12 +69,13 @@ def compiled(name: str, width: int) -> tuple[BackwardSource, str, str, int]:
     return source, ptx, _assembled(ptx), kernel.metadata.shared
 
 
+@pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("name", SPECS)
-def test_registers_and_shared_memory_suffice(name: str) -> None:
-    _, _, report, shared = compiled(name, 128)
+def test_registers_and_shared_memory_suffice(name: str, width: int) -> None:
+    _, _, report, shared = compiled(name, width)
     spilled = re.search(r"(\d+) bytes spill stores", report)
     assert spilled is not None
-    assert int(spilled.group(1)) <= SPILLED[name]
+    assert int(spilled.group(1)) <= (SPILLED[name] if width > 64 else 0)
     assert "serialized" not in report
     assert "setmaxnreg" not in report
     assert shared <= 232448
