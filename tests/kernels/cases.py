@@ -240,23 +240,27 @@ def cancelling(given: Case, grad_out: Tensor) -> list[Tensor]:
     """By operand that is a float, how large the terms are that cancel in each number of its gradient; in float64.
 
     A logit's gradient is ``p * (dp - delta)``, two sums of products of the output's gradient, by value and by output.
-    They are float32's, and alike where a row has one key: what is left is their roundings, times key or query.
+    They are float32's, and alike where a row has one key: what is left is their roundings, times key, query or what a
+    capture is multiplied by.
     """
-    sizes = [x.new_zeros((), dtype=torch.float64) for x in given.tensors if x.is_floating_point()]
-    wide, heads = given.to(torch.float64), given.query.shape[-3]
     if given.spec.normaliser != "softmax" or given.spec.weight != P:
-        return sizes
+        return [x.new_zeros((), dtype=torch.float64) for x in given.tensors if x.is_floating_point()]
+    wide, heads = given.to(torch.float64).leaves(), given.query.shape[-3]
+    captures = [x for x in wide.captures if x.requires_grad]
     scope = Scope.whole(wide.operands)
-    key, value = (repeat_heads(x, heads) for x in (wide.key, wide.value))
-    score = (wide.query @ key.mT).requires_grad_()
+    key, value = (repeat_heads(x.detach(), heads) for x in (wide.key, wide.value))
+    score = (wide.query.detach() @ key.mT).requires_grad_()
     logit = evaluate(wide.spec.score, replace(scope, score=score)).expand(score.shape)
-    (slope,) = torch.autograd.grad(logit.sum(), score)
-    out, lse = attention(wide.spec, wide.operands)
-    weight = torch.exp(logit.detach() - lse[..., None]).nan_to_num()
-    grad = grad_out.double().abs()
-    terms = weight * slope.abs() * (grad @ value.abs().mT + (grad * out.abs()).sum(-1, keepdim=True)).nan_to_num()
-    of_key = (terms.mT @ wide.query.abs()).unflatten(-3, (given.key.shape[-3], -1)).sum(-3)
-    return [terms @ key.abs(), of_key, *sizes[2:]]
+    (slope,) = torch.autograd.grad(logit.sum(), score, retain_graph=True)
+    with torch.no_grad():
+        out, lse = attention(wide.spec, wide.operands)
+        weight = torch.exp(logit - lse[..., None]).nan_to_num()
+        grad = grad_out.double().abs()
+        of_logit = weight * (grad @ value.abs().mT + (grad * out.abs()).sum(-1, keepdim=True)).nan_to_num()
+        terms = of_logit * slope.abs()
+        of_key = (terms.mT @ wide.query.abs()).unflatten(-3, (given.key.shape[-3], -1)).sum(-3)
+    of_captures = torch.autograd.grad(logit, captures, of_logit, materialize_grads=True) if captures else ()
+    return [terms @ key.abs(), of_key, torch.zeros_like(value[..., :1, :1]), *(x.abs() for x in of_captures)]
 
 
 def assert_as_exact(
