@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 DTYPE = torch.bfloat16
-LENGTHS, WIDTHS = (512, 1024, 2048, 4096), (64, 128)
+LENGTHS, WIDTHS = (512, 1024, 2048, 4096), (64, 128, 256)
 FORWARD, BACKWARD = "forward", "backward"
 
 

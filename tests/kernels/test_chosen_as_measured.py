@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from attnfuse.kernels import choose
+from attnfuse.kernels.gpu import cudnn
 from attnfuse.kernels.triton import kernel as triton_kernel
 from attnfuse.target import Target
 
@@ -23,6 +24,8 @@ SLACK = 1.03
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another machine's choice is asked for as if Triton were installed, as it will be there."""
     monkeypatch.setattr(triton_kernel, "_installed", tuple)
+    # nor can torch say here what cuDNN takes there
+    monkeypatch.setattr(cudnn, "WIDEST", 256)
     monkeypatch.syspath_prepend(str(TREE / "scripts"))
 
 

@@ -20,12 +20,14 @@ __all__ = ["backward_seconds", "forward_seconds"]
 RATES = {64: 560e12, 128: 720e12, 256: 755e12}
 BLOCK = {64: 1.5e-6, 128: 2.0e-6, 256: 5.0e-6}
 WITH_PROGRAM, WITH_PANEL = {64: 0.65, 128: 0.82, 256: 0.92}, {64: 0.56, 128: 0.70, 256: 0.80}
+#: A score's tanh, in operations of both products.
+TANH = 40.0
 #: Rows of a block, multiprocessors.
 ROWS, PROCESSORS = 128, 132
 #: The same of float8. Value whose rows are contiguous is copied first, at so many bytes a second, read and written.
 FLOAT8_RATES, FLOAT8_WITH_PROGRAM, TURNED = {64: 600e12, 128: 930e12}, 0.85, 0.33e12
 #: The same of a backward's five products, which are so many times the forward's two; its block is one of keys.
-BACKWARD_RATES, BACKWARD_WITH_PROGRAM, PRODUCTS = {64: 415e12, 128: 590e12}, {64: 1.0, 128: 0.8}, 2.5
+BACKWARD_RATES, BACKWARD_WITH_PROGRAM, PRODUCTS = {64: 440e12, 128: 590e12}, {64: 1.0, 128: 0.8}, 2.5
 BACKWARD_BLOCK, BACKWARD_LAUNCHES = 4e-6, 20e-6
 #: Bytes for each number of query that sums of rows, zeros for dQ and its rounding move.
 STREAMED = 14
@@ -41,8 +43,9 @@ def forward_seconds(problem: Problem) -> float:
     rate = _of_width(RATES, problem)
     if _has_program(problem):
         rate *= _of_width(WITH_PANEL if problem.captured_bytes else WITH_PROGRAM, problem)
+    work = problem.flops + TANH * problem.scores * problem.count("tanh")
     blocks = problem.heads * math.ceil(problem.rows / ROWS) / PROCESSORS
-    return max(problem.flops * _reached(problem) / rate + blocks * _of_width(BLOCK, problem), moved) + LAUNCH
+    return max(work * _reached(problem) / rate + blocks * _of_width(BLOCK, problem), moved) + LAUNCH
 
 
 def _float8_seconds(problem: Problem) -> float:
