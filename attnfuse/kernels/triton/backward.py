@@ -433,19 +433,14 @@ def keys_gradient(
     dk = tl.full([PLAN.keys, PLAN.padded], 0.0, tl.float32)
     dv = tl.full([PLAN.keys, PLAN.value_padded], 0.0, tl.float32)
 
-    start, core_start, core_stop, stop = first * 0, first * 0, first * 0 + rows, first * 0 + rows
-    n_last = tl.minimum(first + PLAN.keys, keys) - 1
+    start, stop = first * 0, first * 0 + rows
     if PLAN.right:
         start = tl.minimum(tl.maximum(first - band[1], 0), rows) // PLAN.rows * PLAN.rows
-        core_start = tl.cdiv(tl.maximum(n_last - band[1], 0), PLAN.rows) * PLAN.rows
     if PLAN.left:
-        stop = tl.minimum(tl.maximum(n_last - band[0] + 1, 0), rows)
-        core_stop = tl.minimum(tl.maximum(first - band[0] + 1, 0), rows) // PLAN.rows * PLAN.rows
-    core_start = tl.maximum(tl.minimum(core_start, tl.cdiv(stop, PLAN.rows) * PLAN.rows), start)
+        stop = tl.minimum(tl.maximum(tl.minimum(first + PLAN.keys, keys) - band[0], 0), rows)
     if PLAN.uncertain and (PLAN.left or PLAN.right):
         everything = tl.load(strange) != 0
         start, stop = tl.where(everything, 0, start), tl.where(everything, rows, stop)
-    core_stop = tl.maximum(core_stop, core_start)
     for g in range(PLAN.groups):
         h = (hk * PLAN.groups + g).to(tl.int64)
         head = outer * heads + hk * PLAN.groups + g

@@ -102,3 +102,14 @@ def test_products_overlap_what_is_computed() -> None:
     order = waits(compiled("full", 128)[1])
     loop = ["product", "product", "wait 1", "exp", "product", "wait 1", *["product"] * 3, "wait 2", "wait 0"]
     assert order == loop
+
+
+def test_what_is_told_of_a_tile_is_stored_before_its_barrier_is_arrived_at() -> None:
+    """By every lane, then they meet, then one arrives: racecheck does not follow barriers that copies complete."""
+    ptx = compiled("causal", 128)[1]
+    found = re.findall(r"st\.shared\.b64|bar\.warp\.sync|mbarrier\.(?:arrive\.expect_tx|arrive|try_wait)", ptx)
+    told = [place for place, each in enumerate(found) if each == "st.shared.b64"]
+    assert told
+    for place in told:
+        assert found[place - 1] == "mbarrier.try_wait", "the room of the last tile that it was told of is free"
+        assert found[place + 1 : place + 3] == ["bar.warp.sync", "mbarrier.arrive.expect_tx"]
