@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from attnfuse.kernels.gpu.cost import ROWS_OF_TILE, STREAMED, TANH, device_of
 from attnfuse.kernels.problem import Operand, Problem
 from attnfuse.kernels.registry import lookup
 from attnfuse.kernels.rows import band_of
@@ -20,17 +21,13 @@ __all__ = ["backward_seconds", "forward_seconds"]
 RATES = {64: 560e12, 128: 720e12, 256: 755e12}
 BLOCK = {64: 1.5e-6, 128: 2.0e-6, 256: 5.0e-6}
 WITH_PROGRAM, WITH_PANEL = {64: 0.65, 128: 0.82, 256: 0.92}, {64: 0.56, 128: 0.70, 256: 0.80}
-#: A score's tanh, in operations of both products.
-TANH = 40.0
-#: Rows of a block, multiprocessors.
-ROWS, PROCESSORS = 128, 132
+#: Multiprocessors.
+PROCESSORS = device_of(Target("cuda", "sm90")).processors
 #: The same of float8. Value whose rows are contiguous is copied first, at so many bytes a second, read and written.
 FLOAT8_RATES, FLOAT8_WITH_PROGRAM, TURNED = {64: 600e12, 128: 930e12}, 0.85, 0.33e12
 #: The same of a backward's five products, which are so many times the forward's two; its block is one of keys.
 BACKWARD_RATES, BACKWARD_WITH_PROGRAM, PRODUCTS = {64: 440e12, 128: 590e12}, {64: 1.0, 128: 0.8}, 2.5
 BACKWARD_BLOCK, BACKWARD_LAUNCHES = 4e-6, 20e-6
-#: Bytes for each number of query that sums of rows, zeros for dQ and its rounding move.
-STREAMED = 14
 #: Seconds of a launch, and bytes a second from memory.
 LAUNCH, BANDWIDTH = 12e-6, 4.0e12
 
@@ -44,7 +41,7 @@ def forward_seconds(problem: Problem) -> float:
     if _has_program(problem):
         rate *= _of_width(WITH_PANEL if problem.captured_bytes else WITH_PROGRAM, problem)
     work = problem.flops + TANH * problem.scores * problem.count("tanh")
-    blocks = problem.heads * math.ceil(problem.rows / ROWS) / PROCESSORS
+    blocks = problem.heads * math.ceil(problem.rows / ROWS_OF_TILE) / PROCESSORS
     return max(work * _reached(problem) / rate + blocks * _of_width(BLOCK, problem), moved) + LAUNCH
 
 
@@ -81,7 +78,7 @@ def backward_seconds(problem: Problem, other: str, target: Target, *, own: bool)
     rate = _of_width(BACKWARD_RATES, problem)
     if _has_program(problem):
         rate *= _of_width(BACKWARD_WITH_PROGRAM, problem)
-    blocks = math.prod(problem.key.shape[:-2]) * math.ceil(problem.keys / ROWS) / PROCESSORS
+    blocks = math.prod(problem.key.shape[:-2]) * math.ceil(problem.keys / ROWS_OF_TILE) / PROCESSORS
     seconds = PRODUCTS * problem.flops * _reached(problem) / rate + blocks * BACKWARD_BLOCK
     seconds += STREAMED * math.prod(problem.query.shape) / BANDWIDTH + BACKWARD_LAUNCHES
     # gradients of captures are the other kernel's
@@ -105,8 +102,8 @@ def _with_gradients(problem: Problem, *, operands: bool, captures: bool = True) 
 def _reached(problem: Problem) -> float:
     """Scores in tiles that the mask's band does not skip, in whole blocks of rows, over the scores that there are."""
     band = band_of(problem.spec, problem.symbols)
-    firsts = range(0, problem.rows, ROWS)
+    firsts = range(0, problem.rows, ROWS_OF_TILE)
     if band.open or not problem.scores:
-        return len(firsts) * ROWS / max(problem.rows, 1)
-    spans = (band.reach(first, min(first + ROWS, problem.rows), problem.keys) for first in firsts)
-    return sum(ROWS * (stop - start) for start, stop in spans) / (problem.rows * problem.keys)
+        return len(firsts) * ROWS_OF_TILE / max(problem.rows, 1)
+    spans = (band.reach(first, min(first + ROWS_OF_TILE, problem.rows), problem.keys) for first in firsts)
+    return sum(ROWS_OF_TILE * (stop - start) for start, stop in spans) / (problem.rows * problem.keys)

@@ -20,7 +20,7 @@ from attnfuse.kernels.rows import masking_band
 from attnfuse.reference import weights_dtype
 from attnfuse.target import Target
 
-__all__ = ["Device", "cudnn", "device_of", "triton", "unfused", "weights"]
+__all__ = ["ROWS_OF_TILE", "STREAMED", "TANH", "Device", "cudnn", "device_of", "triton", "unfused", "weights"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ _TRITON_BACKWARD_APART = (*_TRITON_BACKWARD[:2], (256, 0.58), _TRITON_BACKWARD[3
 #: Seconds of a block of rows beside its products, cuDNN's and Triton's; and bytes for each number of query that go to
 #: and fro beside a backward's products: sums of rows, zeros for dQ, its rounding.
 _CUDNN_BLOCK = ((64, 1.2e-6), (128, 1.9e-6), (512, 1.8e-6))
-_TRITON_BLOCK, _STREAMED = ((64, 1.2e-6), (128, 1.9e-6), (512, 4e-6)), 14
+_TRITON_BLOCK, STREAMED = ((64, 1.2e-6), (128, 1.9e-6), (512, 4e-6)), 14
 #: In forwards, the gradient of a captured tensor that varies along rows and keys.
 _CAPTURED_BACKWARD = 0.3
 #: The share of the peak that batched products reach.
@@ -77,8 +77,8 @@ _LAUNCH, _OP, _UNFUSED_LAUNCHES = 5e-6, 10e-6, 15e-6
 _PASSES, _PASSES_TRAINING, _PASSES_EAGER = 5.0, 8.0, 20.0
 #: Rows of a tile.
 ROWS_OF_TILE = 128
-#: Seconds of a tanh, as operations of the matrix units.
-_TANH = 40.0
+#: A tanh, in operations of the matrix units.
+TANH = 40.0
 
 
 def device_of(target: Target) -> Device:
@@ -91,7 +91,7 @@ def triton(problem: Problem, target: Target) -> float:
     share = _share(_TRITON_FLOAT8 if _types(problem, target)[0].itemsize == 1 else _TRITON, problem)
     share *= 1.0 if not problem.captured_bytes else 0.7
     banded = 1.0 if masking_band(problem.spec, problem.symbols).open else _share(_TRITON_BANDED, problem)
-    work = problem.flops + _TANH * problem.scores * problem.count("tanh")
+    work = problem.flops + TANH * problem.scores * problem.count("tanh")
     block = _share(_TRITON_BLOCK, problem)
     apart = target.arch == "sm90" and not problem.captured_bytes
     # a backward is told in forwards, and keeps its own rate
@@ -114,7 +114,7 @@ def weights(problem: Problem, target: Target) -> float:
     """
     device, share = device_of(target), _share(_TRITON, problem)
     band = masking_band(problem.spec, problem.symbols).share(problem.rows, problem.keys, ROWS_OF_TILE)
-    work = 2 * (problem.flops + _TANH * problem.scores * problem.count("tanh"))
+    work = 2 * (problem.flops + TANH * problem.scores * problem.count("tanh"))
     written = problem.scores * weights_dtype(problem.spec, problem.query.dtype).itemsize
     moved = _bytes(problem) + problem.captured_bytes + written
     forward = max(work * band / (_peak(problem, target) * share), moved / device.bandwidth) + _LAUNCH + _OP
@@ -134,7 +134,7 @@ def _fused(problem: Problem, target: Target, work: float, share: float, block: f
     forward = max(products + turns * block, _bytes(problem) / device.bandwidth)
     step = 1.0 + 2.5 / backward if problem.training else 1.0
     step += _CAPTURED_BACKWARD if _captured_gradient(problem) else 0.0
-    streamed = _STREAMED * math.prod(problem.query.shape) / device.bandwidth if problem.training else 0.0
+    streamed = STREAMED * math.prod(problem.query.shape) / device.bandwidth if problem.training else 0.0
     return step * forward + streamed + _LAUNCH + _OP
 
 
