@@ -46,19 +46,23 @@ def _bars(rows: Sequence[GpuRow]) -> Any:
 
 
 def _maps(rows: Sequence[GpuRow]) -> Any:
-    """A panel for each width, forward and step: a line a variant, a column a length."""
+    """A panel for each width, forward and step: a line a variant that has a peer, a column a length."""
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     widths, lengths = (sorted({getattr(row.case, size) for row in rows}) for size in ("width", "length"))
-    names = list(dict.fromkeys(row.case.name for row in rows))
-    steps = sorted({row.case.training for row in rows})
-    shape = (len(steps), len(widths))
-    size = ((0.65 * len(lengths) + 1) * len(widths), (0.4 * len(names) + 1) * len(steps))
-    figure, panels = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained")
-    for (at, training), (place, width) in product(enumerate(steps), enumerate(widths)):
-        part = {(row.case.name, row.case.length): ratio(row) for row in rows
+    compared = [row for row in rows if not math.isnan(ratio(row))]
+    # not every variant has a backward
+    names = {training: list(dict.fromkeys(row.case.name for row in compared if row.case.training == training))
+             for training in sorted({row.case.training for row in compared})}  # fmt: skip
+    shape, tall = (len(names), len(widths)), sum(0.4 * len(each) + 1 for each in names.values())
+    figure, panels = plt.subplots(
+        *shape, figsize=((0.65 * len(lengths) + 1) * len(widths), tall), height_ratios=list(map(len, names.values())),
+        squeeze=False, sharex=True, sharey="row", layout="constrained",
+    )  # fmt: skip
+    for (at, training), (place, width) in product(enumerate(names), enumerate(widths)):
+        part = {(row.case.name, row.case.length): ratio(row) for row in compared
                 if (row.case.training, row.case.width) == (training, width)}  # fmt: skip
-        _map(panels[at][place], part, names, lengths)
+        _map(panels[at][place], part, names[training], lengths)
         panels[at][place].set_title(f"D = {width}, {'forward with backward' if training else 'forward'}")
     figure.suptitle(f"attnfuse's time over the best peer's; {torch.cuda.get_device_name()}")
     return figure
