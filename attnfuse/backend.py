@@ -25,7 +25,7 @@ _INNER = "inductor"
 def attnfuse(
     gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Dynamo backend. ``options`` may hold those of :class:`attnfuse.fuse.Options`, ``inner`` (the backend that
+    """Dynamo backend. ``options`` may hold those of :class:`attnfuse.options.Options`, ``inner`` (the backend that
     compiles the result, default Inductor), and Inductor's own; ``mode`` is Inductor's.
 
     Raises :class:`~attnfuse.errors.BadInput` for a bad value of one of ours.

@@ -19,7 +19,7 @@ __all__ = ["explain"]
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """The report of every graph that Dynamo captures while ``model(*args, **kwargs)`` runs once.
 
-    A keyword ``options={...}``, of the fields of :class:`attnfuse.fuse.Options`, is not passed to the model.
+    A keyword ``options={...}``, of the fields of :class:`attnfuse.options.Options`, is not passed to the model.
     Raises what the model raises, and :class:`~attnfuse.errors.BadInput` for an unknown option.
     """
     options = kwargs.pop("options", {})

@@ -70,7 +70,7 @@ def fuse_graph(
 ) -> GraphModule:
     """Fuses the attention in a Dynamo-level or export-level graph, in place, and returns it.
 
-    ``options`` are the fields of :class:`.Options`. ``gm.meta["attnfuse_report"]`` is the :class:`Report`. Nested
+    ``options`` are the fields of :class:`Options`. ``gm.meta["attnfuse_report"]`` is the :class:`Report`. Nested
     graph modules (checkpointed regions, branches) are rewritten too. ``example_inputs`` are not read: the
     graph's own fake values are; the argument is there so that this is a Dynamo backend's shape. ``state`` is what is
     known of the graph's placeholders.
@@ -94,9 +94,7 @@ def _fuse_one(gm: GraphModule, options: Options, known: GraphState | None) -> Re
     target = _target(gm, options)
     try:
         captured = capture(gm, known)
-    except (
-        Exception
-    ) as error:  # whatever the traced program raises: the graph then stays as it is, and the report says so
+    except Exception as error:  # whatever the program raises: the graph stays as it is, and the report says so
         log.debug("tracing failed", exc_info=True)
         reason = f"the graph cannot be traced: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return Report((Refused(reason),), str(target))
@@ -131,8 +129,7 @@ def _target(gm: GraphModule, options: Options) -> Target:
 def _lift(state: State) -> State:
     captured = state.captured
     found = lift(captured.aten, Given(captured.is_given, captured.is_parameter, Constants(captured.constant)))
-    given = (_homed(item, state.captured) for item in found)
-    return replace(state, items=tuple(given))
+    return replace(state, items=tuple(_homed(item, captured) for item in found))
 
 
 def _homed(item: Site | Refused, captured: Captured) -> Site | Refused:

@@ -21,7 +21,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Stage(Generic[S]):
-    """A step of the rewrite: ``run`` maps a state to the next, ``text`` shows the state, ``check`` raises if broken."""
+    """A step of the rewrite: ``run`` maps a state to the next."""
 
     name: str
     run: Callable[[S], S]

@@ -36,8 +36,8 @@ __all__ = [
     "weights_dtype",
 ]
 
+#: First index and one past the last.
 Span = tuple[int, int]
-"""First index and one past the last."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A program maps one score to one logit. Its variables are
 ``s``      the raw dot product of one query row and one key row
 ``p``      (weight programs only) the normalised weight
 ``b0``...  batch indices, ``h`` head, ``m`` query row, ``n`` key row: integers
-``t0``...  captured tensors, each read at this element's own indices (:class:`spec.Capture`)
+``t0``...  captured tensors, each read at this element's own indices (:class:`attnfuse.spec.Captured`)
 ``z0``...  symbolic sizes, integers known when the program runs
 ========== ==================================================================================
 

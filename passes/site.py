@@ -133,10 +133,9 @@ class Layout:
 class Attention:
     """One site in canonical form: what it computes and where its operands are. Shapes as in :mod:`attnfuse.spec`.
 
-    Without a value its result is the weights.
-    ``groups`` are the dimensions of the fused node's result; ``place`` those of ``site.node``, in the same axes.
-    ``widened`` is that of the site's. Where it is ``quantised`` the operands are rounded as weights are, and their
-    three scales are captures behind those that have layouts.
+    Without a value its result is the weights. ``groups`` are the dimensions of the fused node's result, in the axes of
+    ``site.place``, which are those of ``site.node``. ``widened`` is that of the site's. Where it is ``quantised`` the
+    operands are rounded as weights are, and their three scales are captures behind those that have layouts.
     """
 
     site: Site

@@ -27,7 +27,7 @@ def rewrite(
     Training IR and core ATen IR are both taken and kept; so are state, signature, buffers, guards and
     dynamic ranges. Weights are shared, not copied. Unless ``custom_op``, the result is made of ATen
     operators alone and loads without attnfuse. ``options`` are the fields of
-    :class:`attnfuse.fuse.Options`; a fusion is compared with the program as it runs when loaded, uncompiled,
+    :class:`attnfuse.options.Options`; a fusion is compared with the program as it runs when loaded, uncompiled,
     unless ``compiled=True``. Raises :class:`BadInput` for an unknown option, target or kernel.
     """
     result = _copied(program)

@@ -41,10 +41,10 @@ def compare(
 ) -> Errors:
     """The errors of both. Raises :class:`NotEquivalent`, beginning with ``what``, where ``fused`` is too far off.
 
-    ``moved`` are exact results of other roundings, as :func:`excused` asks for them.
-    Where the source is NaN or infinite, fused may be so too, or finite if ``exact`` is: an overflow of an
-    intermediate need not be repeated. ``rounding`` is what operands were rounded by on request: the error may be as
-    large, relative to the mean and the largest exact value.
+    ``moved`` are exact results of other roundings, as :func:`excused` asks for them. Where the source is NaN or
+    infinite, fused may be so too, or finite if ``exact`` is: an overflow of an intermediate need not be repeated.
+    ``rounding`` is what operands were rounded by on request: the error may be as large, relative to the mean and the
+    largest exact value.
     """
     if (source.shape, source.dtype) != (fused.shape, fused.dtype):
         raise NotEquivalent(f"{what} is {fused.dtype}{list(fused.shape)}, not {source.dtype}{list(source.shape)}")

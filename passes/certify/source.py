@@ -60,8 +60,8 @@ def source_of(result: Node, inputs: Sequence[Node], shapes: Shapes) -> tuple[Gra
     """What computes ``result`` from ``inputs``, and all the nodes its placeholders stand for, ``inputs`` first.
 
     Where the walk reaches another placeholder or attribute before an input, that becomes an input too, unless it is
-    a number that the program made a tensor of.
-    Nodes in ``shapes`` are made to have that shape, and carry it in ``meta["shape"]``.
+    a number that the program made a tensor of. Nodes in ``shapes`` are made to have that shape, and carry it in
+    ``meta["shape"]``.
     """
     needed = _needed(result, set(inputs))
     numbers = {node: number for node in needed if (number := facts.literal(node)) is not None and node not in inputs}

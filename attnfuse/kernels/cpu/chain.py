@@ -57,8 +57,8 @@ class Chain:
     """Runs programs on blocks. ``memo`` keeps, while blocks share their rows, what no batch or head changes.
 
     ``core``, where it is given, are the keys that ``mask`` keeps for every row of the block: it is a band, and is
-    applied to the other keys only. ``half`` says that scores were products of a
-    half type, already rounded to 8 or 11 bits.
+    applied to the other keys only. ``half`` says that scores were products of a half type, already rounded to 8 or 11
+    bits.
     """
 
     captures: tuple[Captured, ...]

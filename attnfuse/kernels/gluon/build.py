@@ -33,8 +33,8 @@ class Source:
     """What a compiled forward depends on: its choices, its types, and the texts of its programs.
 
     ``dtype`` is Triton's name of the operands' type, ``value`` and ``out`` those of value's and of the output's where
-    they are others; ``captures`` and ``strides`` those of the captures' elements and
-    of their strides, a stride of 1 being ``"constexpr"``; ``symbols`` how many sizes programs read.
+    they are others; ``captures`` and ``strides`` those of the captures' elements and of their strides, a stride of 1
+    being ``"constexpr"``; ``symbols`` how many sizes programs read.
     """
 
     meta: Meta

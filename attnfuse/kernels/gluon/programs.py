@@ -20,9 +20,9 @@ LARGE = 1e5
 class Programs:
     """``cut`` and ``bare`` make logits of scores, ``sink`` one of a row, in units of ``exponent``, a power of two.
 
-    Rows of the output are multiplied by ``factor``, None for one.
-    Keys outside of ``band`` are not read. ``mask`` says which others have a weight: None where they all have, or
-    where it is not worth asking. ``everywhere``: where a row keeps nothing, all of its keys have.
+    Rows of the output are multiplied by ``factor``, None for one. Keys outside of ``band`` are not read. ``mask`` says
+    which others have a weight: None where they all have, or where it is not worth asking. ``everywhere``: where a row
+    keeps nothing, all of its keys have.
     """
 
     cut: Expr

@@ -110,7 +110,7 @@ def pulled(s, dx, b, h, m, n, rows, keys, scope, CORE: tl.constexpr, PLAN: tl.co
 
 @triton.jit
 def decoded(head, sizes, PLAN: tl.constexpr):
-    """Batch indices, query head, key head and the flat place of a query head."""
+    """Batch indices, query head and key head."""
     b1_size, heads, _, _, _ = sizes
     outer, h = head // heads, head % heads
     b = ((outer // b1_size).to(tl.int64), (outer % b1_size).to(tl.int64))

@@ -7,10 +7,9 @@ is NaN, as in the written-out program, unless a sink gives it weight.
 
 Operands come with the strides they have. Query and out are ``[b0, b1, h, m, d]`` with ``q_at`` and ``o_at`` their
 strides, key and value ``[b0, b1, hk, n, d]``; where loads are by descriptor ``key`` and ``value`` are descriptors
-of that shape, whose tiles are zero beyond the edges. ``scope`` is what programs read,
-``(captures, strides, symbols)``; ``sizes`` are ``(b1, heads, rows, keys, work,
-every)``, ``every`` counting the rows of all heads, ``band`` the
-offsets ``(left, right)`` of :class:`attnfuse.kernels.rows.Band`.
+of that shape, whose tiles are zero beyond the edges. ``scope`` is what programs read, ``(captures, strides, symbols)``;
+``sizes`` are ``(b1, heads, rows, keys, work, every)``, ``every`` counting the rows of all heads; ``band`` the offsets
+``(left, right)`` of :class:`attnfuse.kernels.rows.Band`.
 """
 
 from __future__ import annotations

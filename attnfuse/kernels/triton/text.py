@@ -8,8 +8,9 @@ is either's decorator: the same text serves both. The function is::
 ``s`` the raw scores and ``p`` the weights or a gradient, float32 ``[BM, BN]`` (whatever the program does not read
 may be anything); ``b`` a tuple of int64 batch indices, ``h`` the query head, int64, a scalar or ``[BM, 1]``; ``m
 [BM, 1]`` and ``n [1, BN]`` int32 indices that lie inside the tensors; ``captures`` a tuple of pointers,
-``strides`` their strides in elements, one for each axis of :attr:`Captured.axes`, slot after slot; ``symbols`` a
-tuple of integers. It returns a tensor that broadcasts to ``[BM, BN]``: float32 where the program is a float.
+``strides`` their strides in elements, one for each axis of :attr:`attnfuse.spec.Captured.axes`, slot after slot;
+``symbols`` a tuple of integers. It returns a tensor that broadcasts to ``[BM, BN]``: float32 where the program is a
+float.
 """
 
 from __future__ import annotations
