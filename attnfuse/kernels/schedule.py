@@ -74,7 +74,3 @@ class Schedule:
     def with_knobs(self, **knobs: int | str) -> Schedule:
         """The same schedule with some options of a compiler set."""
         return replace(self, knobs=tuple(sorted({**dict(self.knobs), **knobs}.items())))
-
-    def without_knobs(self) -> Schedule:
-        """The same schedule for any compiler."""
-        return replace(self, knobs=())

@@ -67,8 +67,8 @@ def _top_product(reader: Reader, node: Node, place: Place) -> Dot:
     return atom
 
 
-def _refusal(reason: str, node: Node, remedy: str = "") -> Refused:
-    return Refused(reason, node.name, facts.source_line(node), remedy)
+def _refusal(reason: str, node: Node) -> Refused:
+    return Refused(reason, node.name, facts.source_line(node))
 
 
 def softmax_over(reader: Reader, weights: Expr, outer: Dot) -> Softmax | None:

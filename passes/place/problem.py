@@ -30,9 +30,9 @@ class Price:
         return self.d if minor == "d" else self.n
 
     @staticmethod
-    def only(minor: Minor, seconds: float = 0.0) -> Price:
-        """A price that rules the other layout out."""
-        return Price(seconds, IMPOSSIBLE) if minor == "d" else Price(IMPOSSIBLE, seconds)
+    def only(minor: Minor) -> Price:
+        """Nothing for a layout, and the other ruled out."""
+        return Price(n=IMPOSSIBLE) if minor == "d" else Price(d=IMPOSSIBLE)
 
 
 @dataclass(frozen=True)

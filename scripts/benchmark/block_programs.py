@@ -121,23 +121,22 @@ def elementwise(kit: Kit, x: Tensor, w: Weights) -> Tensor:
 
 @dataclass(frozen=True)
 class Block:
-    """A program, and the names of the tensors it reads beside its input; ``attentions`` is how many it holds."""
+    """A program, and the names of the tensors it reads beside its input."""
 
     program: Program
     reads: tuple[str, ...] = ("value",)
-    attentions: int = 1
 
     @property
     def name(self) -> str:
         return self.program.__name__
 
-    def inputs(self, sizes: Sizes, device: str, *, narrow: bool) -> tuple[Tensor, Weights]:
+    def inputs(self, sizes: Sizes, *, narrow: bool) -> tuple[Tensor, Weights]:
         """Random: projections that keep the size of what they are given."""
         torch.manual_seed(0)
         batch, heads, length, width, model = sizes.batch, sizes.heads, sizes.length, sizes.width, sizes.model
 
         def drawn(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, device=device) * scale).to(torch.bfloat16)
+            return (torch.randn(*shape, device="cuda") * scale).to(torch.bfloat16)
 
         matrix = dict.fromkeys(("query", "key", "value", "out"), (model, model)) | {"all": (3 * model, model)}
         wanted = [*(("query", "key") if "all" not in self.reads else ()), "out", *self.reads]
@@ -151,7 +150,7 @@ class Block:
             given = drawn(batch, length, heads, width).transpose(1, 2)
             found["given"] = (given * 64).to(FLOAT8) if narrow else given
         if narrow:
-            found["scale"] = torch.full((1, heads, 1, 1), 1 / 64, device=device, dtype=torch.bfloat16)
+            found["scale"] = torch.full((1, heads, 1, 1), 1 / 64, device="cuda", dtype=torch.bfloat16)
             found["inverse"] = 1 / found["scale"]
         return drawn(batch, length, model), found
 
@@ -161,7 +160,7 @@ BLOCKS = (
     Block(with_a_bias, ("value", "bias")),
     Block(graph_input, ("given",)),
     Block(returned_too),
-    Block(used_twice, attentions=2),
+    Block(used_twice),
     Block(one_product_for_all, ("all",)),
     Block(from_a_cache, ("value", "cache")),
     Block(elementwise, ()),

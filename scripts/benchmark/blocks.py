@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -31,7 +31,7 @@ from attnfuse.passes.place import IMPOSSIBLE, Decision, Labels, Region, fixed_ru
 from benchmark.block_programs import BLOCKS, Block, Kit, Sizes
 from benchmark.targets import Target
 
-__all__ = ["RULES", "BlockRow", "as_table", "measure_block", "measure_blocks", "targets"]
+__all__ = ["RULES", "BlockRow", "as_table", "measure_blocks", "targets"]
 
 KERNEL = "triton"
 #: In the order they are measured; the first is no rule.
@@ -95,8 +95,7 @@ def _labels(rule: str, region: Region) -> Labels:
 class Compiled:
     """The graphs that a block's rules come to, each compiled once."""
 
-    known: dict[str, Callable[..., Any]]
-    inner: str
+    known: dict[str, Callable[..., Any]] = field(default_factory=dict)
     text: str = ""
     layout: str = ""
 
@@ -108,18 +107,16 @@ class Compiled:
             raise RuntimeError(str(report))
         self.text, self.layout = render(fused), ", ".join(site.layouts["value"] for site in report.fused)
         if self.text not in self.known:
-            self.known[self.text] = lookup_backend(self.inner)(fused, list(inputs))
+            self.known[self.text] = lookup_backend("inductor")(fused, list(inputs))
         return self.known[self.text]
 
 
-def measure_block(
-    block: Block, sizes: Sizes, *, narrow: bool, device: str = "cuda", inner: str = "inductor"
-) -> BlockRow:
+def measure_block(block: Block, sizes: Sizes, *, narrow: bool) -> BlockRow:
     """The row of one block."""
     torch.compiler.reset()
     program = partial(block.program, Kit(sizes, narrow))
-    x, weights = block.inputs(sizes, device, narrow=narrow)
-    compiled = Compiled({}, inner)
+    x, weights = block.inputs(sizes, narrow=narrow)
+    compiled = Compiled()
     graph_of: dict[str, int] = {}
     layout_of: dict[str, str] = {}
     calls: dict[int, Callable[[], object]] = {}
@@ -131,7 +128,7 @@ def measure_block(
         graph_of[name], layout_of[name] = list(compiled.known).index(compiled.text), compiled.layout
         calls.setdefault(graph_of[name], partial(call, x, weights))
         outs[graph_of[name]] = (found[0] if isinstance(found, tuple) else found)[:1].clone()
-    seconds = interleaved(calls) if device == "cuda" else dict.fromkeys(calls, math.nan)
+    seconds = interleaved(calls)
     times = {name: seconds[graph] * 1e3 for name, graph in graph_of.items()}
     apart = max(((out - outs[0]).norm() / outs[0].norm()).item() for out in outs.values())
     return BlockRow(block.name, "float8" if narrow else "bfloat16", times, graph_of, layout_of, apart)
@@ -155,17 +152,17 @@ def _seconds(call: Callable[[], object]) -> float:
     return float(start.elapsed_time(end)) / 1e3 / CALLS
 
 
-def measure_blocks(names: Sequence[str] = (), sizes: Sizes | None = None) -> Iterator[BlockRow]:
+def measure_blocks(names: Sequence[str]) -> Iterator[BlockRow]:
     """Every block, or those named, in float8 and in bfloat16."""
     for narrow in (True, False):
         for block in BLOCKS:
             if not names or block.name in names:
-                yield measure_block(block, sizes or Sizes(), narrow=narrow)
+                yield measure_block(block, Sizes(), narrow=narrow)
 
 
 def as_table(rows: Sequence[BlockRow]) -> Table:
     """One line a row; rules that come to the solver's graph are marked with a sign of equality."""
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    where = torch.cuda.get_device_name()
     table = Table(title=f"milliseconds of attention blocks on {where}, torch {torch.__version__}, {Sizes()}")
     for heading in ("block", "dtype", *RULES, "value", "/ best rule"):
         table.add_column(heading, no_wrap=True)

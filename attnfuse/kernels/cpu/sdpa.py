@@ -26,7 +26,7 @@ from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.prices import factor
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel, lookup
-from attnfuse.kernels.rows import Band, band_of, rows_kept
+from attnfuse.kernels.rows import band_of, rows_kept
 from attnfuse.operands import Operands
 from attnfuse.reference import Scope, attention, evaluate, repeat_heads
 from attnfuse.score import Const, Expr, P, apply, text
@@ -36,7 +36,6 @@ from attnfuse.target import Target
 __all__ = ["Sdpa", "is_causal", "scale_of"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TOP_LEFT = Band(left=None, right=0)
 
 
 @kernel

@@ -77,13 +77,13 @@ def backward_planned(gradients: Gradients, read: Sequence[Tensor]) -> BackwardPl
     return found[1]
 
 
-def backward_sourced(gradients: Gradients, meta: BackwardMeta | None = None) -> tuple[BackwardSource, BodyPrograms]:
+def backward_sourced(gradients: Gradients) -> tuple[BackwardSource, BodyPrograms]:
     """What is to be compiled, and the programs it is made of."""
     spec, symbols = gradients.spec, len(gradients.operands.symbols)
     captures = gradients.operands.captures[: len(spec.captures)]
     banded = not masking_band(spec, gradients.operands.symbols).open
     widths = gradients.operands.query.shape[-1], gradients.operands.value.shape[-1]
-    chosen = meta or backward_meta(*widths, banded=banded)
+    chosen = backward_meta(*widths, banded=banded)
     schedule = Schedule(rows=chosen.block_m, keys=chosen.block_n)
     facts = backward_plan(*gradients.geometry, schedule, *gradients.compiled_for)
     rows, keys = gradients.operands.query.shape[-2], gradients.operands.key.shape[-2]

@@ -51,7 +51,7 @@ class Gluon(Kernel):
         seconds = forward_seconds(problem)
         if not problem.training:
             return seconds
-        own = not declined(problem.spec, *(x.shape for x in (problem.query, problem.key, problem.value)))
+        own = not declined(*(x.shape for x in (problem.query, problem.key, problem.value)))
         return seconds + backward_seconds(problem, BACKWARD, target, own=own)
 
     def schedules(self, problem: Problem, target: Target) -> tuple[Meta, ...]:
@@ -81,7 +81,7 @@ class Gluon(Kernel):
         self, spec: AttentionSpec, grad_out: Tensor, operands: Operands, needs: Sequence[bool], residual: Residual
     ) -> tuple[Tensor | None, ...]:
         """Gradients in five products a tile; those of the kernel ``triton`` where :func:`declined` has a reason."""
-        if operands.empty or declined(spec, *(x.shape for x in operands.qkv)):
+        if operands.empty or declined(*(x.shape for x in operands.qkv)):
             return lookup(BACKWARD).backward(spec, grad_out, operands, needs, residual)
         if residual.lse is None:
             out, lse = _forward(spec, operands, with_lse=True)
@@ -105,7 +105,7 @@ def _forward(
     return out[0], None if lse is None else lse[0]
 
 
-def declined(spec: AttentionSpec, query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> tuple[str, ...]:
+def declined(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> tuple[str, ...]:
     """Why a backward of operands of these shapes is left to another kernel, one sentence a reason."""
     widths, pairs = (query[-1], value[-1]), math.prod(query[:-2])
     reasons = [

@@ -112,7 +112,7 @@ def some_row_keeps_nothing(row_tile, kinds, batch, head, scope, sizes, MASK: tl.
 
 
 @triton.jit
-def write_list(target, row_tile, kinds, start, stop, batch, head, scope, sizes, MASK: tl.constexpr):
+def write_list(target, row_tile, kinds, stop, batch, head, scope, sizes, MASK: tl.constexpr):
     """The list of a row tile whose ``kinds`` are known. It has one tile at least, as a forward needs."""
     tiles = tl.cdiv(sizes[1], MASK.width)
     tile = MASK.padded_tiles - 1 - tl.arange(0, MASK.padded_tiles)
@@ -163,4 +163,4 @@ def list_tiles(lists, kinds, arrivals, scope, heads, sizes, MASK: tl.constexpr):
     tl.debug_barrier()
     if tl.atomic_add(arrivals + which, 1, sem="acq_rel") == tl.num_programs(2) - 1:
         tl.store(arrivals + which, 0)
-        write_list(target, row_tile, mine, start, stop, batch, head, scope, sizes, MASK)
+        write_list(target, row_tile, mine, stop, batch, head, scope, sizes, MASK)

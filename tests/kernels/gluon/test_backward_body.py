@@ -33,7 +33,7 @@ def check(given: Case, *places: int) -> None:
     floats = [place for place, x in enumerate(leaves.tensors) if x.requires_grad]
     truth = dict(zip(floats, gradients(given.to(torch.float64), None, grad), strict=True))
     cancelled = dict(zip(floats, cancelling(given, grad), strict=True))
-    assert not declined(given.spec, given.query.shape, given.key.shape, given.value.shape)
+    assert not declined(given.query.shape, given.key.shape, given.value.shape)
     residual = Residual(*reference(given.spec, given.operands))
     needs = [place in asked for place in range(len(given.tensors))]
     found = lookup("gluon").backward(given.spec, grad, given.operands, needs, residual)

@@ -130,16 +130,16 @@ def test_a_backward_that_is_declined_is_that_of_triton(monkeypatch: pytest.Monke
 
 def test_why_a_backward_is_declined() -> None:
     wide, shared = (2, 4, 512, 192), (1, 4, 512, 128)
-    assert hopper.declined(PLAIN.spec, HALF.shape, HALF.shape, HALF.shape) == ()
-    (reason,) = hopper.declined(PLAIN.spec, wide, wide, HALF.shape)
+    assert hopper.declined(HALF.shape, HALF.shape, HALF.shape) == ()
+    (reason,) = hopper.declined(wide, wide, HALF.shape)
     assert "128 at most, not 192" in reason
-    (reason,) = hopper.declined(PLAIN.spec, HALF.shape, shared, shared)
+    (reason,) = hopper.declined(HALF.shape, shared, shared)
     assert "a batch of their own" in reason
 
 
 @pytest.mark.usefixtures("deterministic")
 def test_a_sum_in_no_order_is_not_deterministic() -> None:
-    (reason,) = hopper.declined(PLAIN.spec, HALF.shape, HALF.shape, HALF.shape)
+    (reason,) = hopper.declined(HALF.shape, HALF.shape, HALF.shape)
     assert "in no order" in reason
 
 
