@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from attnfuse.score import Apply, Const, Expr, P, Prob, S, Score, apply, joined, parted, walk
+from attnfuse.score import Apply, Const, Expr, P, Prob, S, Score, apply, joined, parted, reads_score, walk
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["ABSORBING", "Form", "Mask", "form_of", "masked_by", "weight_factor"]
@@ -76,7 +76,7 @@ def form_of(score: Expr) -> Form | None:
     keep: tuple[Expr, ...] = ()
     fill, added = float("-inf"), False
     match score:
-        case Apply("where", (mask, inner, Const(value))) if not _reads_score(mask):
+        case Apply("where", (mask, inner, Const(value))) if not reads_score(mask):
             keep, fill, score = tuple(parted("and", mask)), float(value), inner
         case Apply("add", (inner, Apply("where", (mask, Const(0.0), Const(value))))) if value <= ABSORBING:
             keep, fill, score, added = tuple(parted("and", mask)), float(value), inner, True
@@ -88,9 +88,9 @@ def form_of(score: Expr) -> Form | None:
     match score:
         case Score():
             return Form(ONE, softcap, bias, keep, fill, added)
-        case Apply("mul", (Const() as number, Apply("mul", (scale, Score())))) if not _reads_score(scale):
+        case Apply("mul", (Const() as number, Apply("mul", (scale, Score())))) if not reads_score(scale):
             return Form(apply("mul", number, scale), softcap, bias, keep, fill, added)
-        case Apply("mul", (scale, Score())) if not _reads_score(scale):
+        case Apply("mul", (scale, Score())) if not reads_score(scale):
             return Form(scale, softcap, bias, keep, fill, added)
     return None
 
@@ -118,7 +118,7 @@ def masked_by(spec: AttentionSpec) -> Mask | None:
     Without a softmax only a key of weight zero is masked.
     """
     match spec.score:
-        case Apply("where", (mask, inside, Const(value))) if not _reads_score(mask):
+        case Apply("where", (mask, inside, Const(value))) if not reads_score(mask):
             if spec.normaliser == "none" and (value != 0 or spec.weight != P):
                 return None
             return Mask(tuple(parted("and", mask)), float(value), inside)
@@ -139,13 +139,9 @@ def weight_factor(weight: Expr) -> Expr | None:
     return None
 
 
-def _reads_score(expr: Expr) -> bool:
-    return any(isinstance(part, Score) for part in walk(expr))
-
-
 def _split_bias(score: Expr) -> tuple[tuple[Expr, ...], Expr]:
     match score:
-        case Apply("add", (inner, summand)) if not _reads_score(summand):
+        case Apply("add", (inner, summand)) if not reads_score(summand):
             outer, base = _split_bias(inner)
             return (*outer, summand), base
     return (), score

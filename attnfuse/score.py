@@ -46,6 +46,7 @@ __all__ = [
     "joined",
     "parse",
     "parted",
+    "reads_score",
     "rewrite",
     "text",
     "walk",
@@ -182,6 +183,11 @@ def walk(expr: Expr) -> Iterator[Expr]:
     if isinstance(expr, Apply):
         for arg in expr.args:
             yield from walk(arg)
+
+
+def reads_score(expr: Expr) -> bool:
+    """Whether the raw score is in it."""
+    return any(isinstance(part, Score) for part in walk(expr))
 
 
 def rewrite(expr: Expr, rule: Callable[[Expr], Expr], settled: AbstractSet[Expr] = frozenset()) -> Expr:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from attnfuse.score import Apply, Capture, Const, Expr, Index, Score, Symbol, walk
+from attnfuse.score import Apply, Capture, Const, Expr, Index, Symbol
 
-__all__ = ["COMPARISONS", "LOGIC", "Kind", "Kinds", "Rule", "kind", "reads_score"]
+__all__ = ["COMPARISONS", "LOGIC", "Kind", "Kinds", "Rule", "kind"]
 
 #: "bool", "int" or "float".
 Kind = str
@@ -44,8 +44,3 @@ def kind(expr: Expr, kinds: Kinds) -> Kind:
 
 def _widest(*kinds: Kind) -> Kind:
     return max(kinds, key=("bool", "int", "float").index)
-
-
-def reads_score(expr: Expr) -> bool:
-    """Whether the raw score is in it."""
-    return any(isinstance(part, Score) for part in walk(expr))

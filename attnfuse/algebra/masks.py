@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from attnfuse.algebra.integers import compared
-from attnfuse.algebra.kinds import COMPARISONS, Kinds, Rule, kind, reads_score
-from attnfuse.score import Apply, Capture, Const, Expr, Index, Symbol, apply, walk
+from attnfuse.algebra.kinds import COMPARISONS, Kinds, Rule, kind
+from attnfuse.score import Apply, Capture, Const, Expr, Index, Symbol, apply, reads_score, walk
 
 __all__ = ["MASK_RULES"]
 

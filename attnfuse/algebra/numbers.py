@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from attnfuse.algebra.kinds import LOGIC, Kinds, Rule, kind, reads_score
+from attnfuse.algebra.kinds import LOGIC, Kinds, Rule, kind
 from attnfuse.algebra.literals import compute, rounded
-from attnfuse.score import Apply, Const, Expr, Prob, apply
+from attnfuse.score import Apply, Const, Expr, Prob, apply, reads_score
 
 __all__ = ["NUMBER_RULES", "named_softcap"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from attnfuse.algebra.kinds import Kinds, Rule, reads_score
-from attnfuse.score import Apply, Const, Expr, apply
+from attnfuse.algebra.kinds import Kinds, Rule
+from attnfuse.score import Apply, Const, Expr, apply, reads_score
 
 __all__ = ["WEIGHT_RULES"]
 

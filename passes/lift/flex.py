@@ -13,7 +13,6 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from attnfuse.algebra import reads_score
 from attnfuse.axes import Index, Unreadable, divided
 from attnfuse.errors import Refused
 from attnfuse.graph import facts
@@ -24,7 +23,7 @@ from attnfuse.passes.lift.atoms import Leaf, Place
 from attnfuse.passes.lift.operand import factored, viewed
 from attnfuse.passes.lift.reader import Bound, Reader
 from attnfuse.passes.site import Operand, Site
-from attnfuse.score import Capture, Const, Expr, S, apply, walk
+from attnfuse.score import Capture, Const, Expr, S, apply, reads_score, walk
 
 __all__ = ["is_flex_result", "read_flex"]
 

@@ -20,7 +20,7 @@ from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.chain import Chain
 from attnfuse.kernels.cpu.forward import WORKSPACE, logits, scores, weights_
 from attnfuse.reference import Scope, evaluate
-from attnfuse.score import Capture, Const, Expr, P, S, Score, walk
+from attnfuse.score import Capture, Const, Expr, P, S, reads_score
 
 __all__ = ["Gradients"]
 
@@ -78,10 +78,7 @@ class Gradients:
 
     def _raw_scores(self, block: Block) -> Tensor | None:
         """The scores before the program, where its derivative reads them."""
-        read = any(
-            isinstance(part, Score) for pulled in pullback(self.call.spec.score).values() for part in walk(pulled)
-        )
-        if not read:
+        if not any(map(reads_score, pullback(self.call.spec.score).values())):
             return None
         # scores come times alpha, which the program's derivative applies itself
         return scores(self.call, block, self.call.dtype)[..., : block.shape[-1]] / self.call.alpha

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from attnfuse.form import ABSORBING, masked_by
 from attnfuse.kernels.rows import FILL, beside_band
-from attnfuse.score import Apply, Capture, Const, Expr, S, apply, rewrite, walk
+from attnfuse.score import Apply, Capture, Const, Expr, apply, reads_score, rewrite, walk
 from attnfuse.spec import AttentionSpec, Captured, axes_of
 
 __all__ = ["LOG2E", "Logit", "logit_of"]
@@ -121,10 +121,10 @@ def _factored(program: Expr, captures: Captures) -> tuple[float, Expr]:
         case Apply("div", (inner, Const(float() as value))) if value:
             factor, inside = _factored(inner, captures)
             return _signed(factor / value, inside, program)
-        case Apply("add", (inner, summand)) if _reads_score(inner) and not _reads_score(summand):
+        case Apply("add", (inner, summand)) if reads_score(inner) and not reads_score(summand):
             factor, inside = _factored(inner, captures)
             return factor, apply("add", inside, _shrunk(summand, factor, captures))
-        case Apply("where", (mask, inner, Const(fill))) if _reads_score(inner):
+        case Apply("where", (mask, inner, Const(fill))) if reads_score(inner):
             factor, inside = _factored(inner, captures)
             return factor, apply("where", mask, inside, _shrunk(Const(float(fill)), factor, captures))
     return 1.0, program
@@ -151,7 +151,3 @@ def _shrunk(program: Expr, factor: float, captures: Captures) -> Expr:
         case Apply("mul", (left, right)):
             return apply("mul", left, _shrunk(right, factor, captures))
     return apply("mul", Const(1.0 / factor), program)
-
-
-def _reads_score(program: Expr) -> bool:
-    return any(part == S for part in walk(program))
