@@ -22,6 +22,7 @@ from attnfuse.spec import FLOAT8, AttentionSpec
 
 __all__ = [
     "Scope",
+    "Span",
     "applied",
     "attention",
     "compute_dtype",

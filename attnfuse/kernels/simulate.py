@@ -17,13 +17,11 @@ from attnfuse.errors import BadProgram
 from attnfuse.kernels.rows import Band, masking_band, skips_surely
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.operands import Operands
-from attnfuse.reference import Scope, evaluate, repeat_heads, seed_of
+from attnfuse.reference import Scope, Span, evaluate, repeat_heads, seed_of
 from attnfuse.score import P, text
 from attnfuse.spec import AttentionSpec
 
 __all__ = ["Sums", "merged", "simulate", "spans"]
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from attnfuse.kernels.rows import Band
+from attnfuse.reference import Span
 
-__all__ = ["Block", "Layout", "Span", "blocks", "row_blocks"]
-
-Span = tuple[int, int]
+__all__ = ["Block", "Layout", "blocks", "row_blocks"]
 
 #: Rows of a block's matrix products: fewer skip more of what a band masks, more need fewer blocks.
 ROWS_AT_LEAST, ROWS_IN_BAND, ROWS = 16, 128, 512

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from attnfuse.dropout import kept
-from attnfuse.kernels.cpu.blocks import Block, Layout, Span, blocks
+from attnfuse.kernels.cpu.blocks import Block, Layout, blocks
 from attnfuse.kernels.cpu.chain import Chain, Step, fill_of, mask_of, steps_of
 from attnfuse.kernels.rows import MARGIN, Band, masking_band, masking_fill, rows_kept, skips_surely
 from attnfuse.operands import Operands
-from attnfuse.reference import Scope, compute_dtype, is_float8, seed_of
+from attnfuse.reference import Scope, Span, compute_dtype, is_float8, seed_of
 from attnfuse.score import Apply, Capture, Const, Expr, P, S, Score, rewrite, walk
 from attnfuse.spec import AttentionSpec
 

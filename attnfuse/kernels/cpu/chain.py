@@ -19,13 +19,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from attnfuse.reference import Scope, applied, evaluate
+from attnfuse.reference import Scope, Span, applied, evaluate
 from attnfuse.score import Apply, Capture, Const, Expr, S, Symbol, walk
 from attnfuse.spec import Captured, axes_of
 
 __all__ = ["Chain", "Step", "fill_of", "mask_of", "select_", "steps_of"]
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)

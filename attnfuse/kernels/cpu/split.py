@@ -9,7 +9,7 @@ from functools import lru_cache
 from attnfuse.form import ABSORBING, Form, form_of
 from attnfuse.kernels.cpu.call import scaled
 from attnfuse.kernels.rows import Band, band_of, rows_kept
-from attnfuse.score import Apply, Capture, Const, Expr, Index, apply, walk
+from attnfuse.score import Apply, Capture, Const, Expr, Index, joined, walk
 from attnfuse.spec import AttentionSpec, Captured
 
 __all__ = ["Split", "never_empty", "split"]
@@ -51,11 +51,8 @@ def split(spec: AttentionSpec, rows: int, keys: int) -> Split:
     )
     if not form.keep or not _is_absent(spec, form, rows, keys):
         return Split(*scaled(spec.score), trusted=trusted)
-    keep = form.keep[0]
-    for conjunct in form.keep[1:]:
-        keep = apply("and", keep, conjunct)
     kept = replace(form, keep=(), added=False).expr()
-    return Split(*scaled(kept), keep, band_of(spec), trusted)
+    return Split(*scaled(kept), joined("and", form.keep), band_of(spec), trusted)
 
 
 def never_empty(spec: AttentionSpec, rows: int, keys: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from attnfuse.derivative import pullback
 from attnfuse.kernels.kernel import Residual
 from attnfuse.kernels.rows import masking_band
 from attnfuse.kernels.triton.differentiating import MOST_TURNS, Launches, Reduction, launches_of
-from attnfuse.kernels.triton.launch import on_device, options_of
+from attnfuse.kernels.triton.launch import on_device, options_of, target_of
 from attnfuse.kernels.triton.memory import Memory, capture_strides, memory_of
 from attnfuse.kernels.triton.plan import BackwardPlan
 from attnfuse.kernels.triton.planning import precision_of
@@ -113,7 +113,7 @@ class Gradients:
     def compiled_for(self) -> tuple[Target, str]:
         """What plans are made for: the target, and the precision of products of float32."""
         query = self.operands.query
-        return _target(query.device), precision_of(query.dtype)
+        return target_of(query.device), precision_of(query.dtype)
 
     @cached_property
     def launches(self) -> Launches:
@@ -258,9 +258,6 @@ class Gradients:
             (*self.sizes[:4], reduction.apart), self.band, reduction.turns, plan, **options_of(plan.schedule),
         )  # fmt: skip
         return _reduced(target, self.operands.captures[slot].shape)
-
-
-_target = lru_cache(Target.of)
 
 
 def _like(operand: Tensor, batch: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -135,7 +135,7 @@ def in_plain_python(monkeypatch: pytest.MonkeyPatch) -> Launched:
     monkeypatch.setattr(backward_plan, "build_backward", launched.build)
     monkeypatch.setattr(backward_plan, "_PLANS", {})
     monkeypatch.setattr(backward_plan.Listing, "launcher", _launcher)
-    monkeypatch.setattr(base, "_target", lambda device: Target.parse("cuda:sm90"))
+    monkeypatch.setattr(base, "target_of", lambda device: Target.parse("cuda:sm90"))
     monkeypatch.setattr(gradients, "on_device", lambda device: nullcontext())
     monkeypatch.setattr(gradients, "finish", _Launcher(_finish))
     monkeypatch.setattr(HopperGradients, "_sums", _sums)

@@ -56,7 +56,7 @@ def sourced(spec: AttentionSpec, width: int) -> BackwardSource:
     operands = Operands(query, query, query, captures)
     residual = Residual(query, torch.empty(1, 2, ROWS))
     needs = [True] * 3 + [x.is_floating_point() for x in captures]
-    with mock.patch.object(gradients, "_target", return_value=Target.parse("cuda:sm90")):
+    with mock.patch.object(gradients, "target_of", return_value=Target.parse("cuda:sm90")):
         return backward_sourced(Gradients(spec, query, operands, needs, residual))[0]
 
 

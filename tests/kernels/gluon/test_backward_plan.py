@@ -56,7 +56,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr(backward_plan, "build_backward", Kernel)
     monkeypatch.setattr(backward_plan, "_PLANS", {})
     monkeypatch.setattr(backward_plan.Listing, "launcher", launcher)
-    monkeypatch.setattr(base, "_target", lambda device: Target.parse("cuda:sm90"))
+    monkeypatch.setattr(base, "target_of", lambda device: Target.parse("cuda:sm90"))
     monkeypatch.setattr(gradients, "on_device", lambda device: nullcontext())
     monkeypatch.setattr(gradients, "_finish", lambda plan, added, target: None)
     monkeypatch.setattr(HopperGradients, "_sums", _no_sums)

@@ -142,7 +142,7 @@ def compiled_backward(
         return compile_it
 
     monkeypatch.setattr(JITFunction, "__getitem__", launcher)
-    monkeypatch.setattr(gradients, "_target", lambda device: Target.parse(target))
+    monkeypatch.setattr(gradients, "target_of", lambda device: Target.parse(target))
     given, out = operands(spec, sizes, torch.bfloat16)
     needs = [x.is_floating_point() for x in given.tensors]
     residual = Residual(out, torch.empty(out.shape[:-1]))
