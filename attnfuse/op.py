@@ -190,8 +190,7 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 # --- registration -----------------------------------------------------------------------------------
 
 
-def _autocast(device: str, name: str, count: int) -> Any:
-    key = f"Autocast{device.upper()}" if device != "xpu" else "AutocastXPU"
+def _autocast(device: str, key: str, name: str, count: int) -> Any:
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast(*given: Any, **options: Any) -> Any:
@@ -209,8 +208,9 @@ def register(library: Library, name: str, operands: int, forward: Pair, backward
 
     ``autograd`` is the backward for autograd, and what it needs set up.
     """
-    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
-        library.impl(name, _autocast(device, name, operands), key)
+    for device in ("cpu", "cuda", "xpu"):
+        key = f"Autocast{device.upper()}"
+        library.impl(name, _autocast(device, key, name, operands), key)
     for each, (real, fake) in ((name, forward), (f"{name}_backward", backward)):
         library.impl(each, real, "CompositeExplicitAutograd")
         torch.library.register_fake(f"attnfuse::{each}", fake, lib=library)
