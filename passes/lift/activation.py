@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from torch.fx import Node
 
 from attnfuse.axes import Unreadable
 from attnfuse.passes.lift.atoms import Place
-from attnfuse.passes.lift.reader import Reader, Rule
+from attnfuse.passes.lift.reader import Arguments, Reader, Rule
 from attnfuse.score import Const, Expr, apply
 
 __all__ = ["ACTIVATIONS"]
-
-Arguments = Mapping[str, Any]
 
 
 def _silu(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:

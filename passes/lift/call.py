@@ -7,8 +7,6 @@ is_causal is aligned top left, a bool mask says what is kept, and a row that kee
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from typing import Any
 
 from torch.fx import Node
 
@@ -18,14 +16,12 @@ from attnfuse.kernels import Source
 from attnfuse.passes.lift.assemble import Parts, site_of
 from attnfuse.passes.lift.atoms import Place
 from attnfuse.passes.lift.operand import factored, viewed
-from attnfuse.passes.lift.reader import Reader
+from attnfuse.passes.lift.reader import Arguments, Reader
 from attnfuse.passes.lift.view import aligned
 from attnfuse.passes.site import Site
 from attnfuse.score import Const, Expr, S, apply
 
 __all__ = ["is_call", "read_call"]
-
-Arguments = Mapping[str, Any]
 
 _CALL = "scaled_dot_product_attention"
 #: What export to core ATen may leave of it: a call that gives the log of each row's sum besides.

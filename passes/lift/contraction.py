@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from string import ascii_letters
-from typing import Any
 
 from torch.fx import Node
 
@@ -12,13 +11,11 @@ from attnfuse.axes import Index, Unreadable
 from attnfuse.graph import facts
 from attnfuse.passes.lift.atoms import Dot, Place
 from attnfuse.passes.lift.pointwise import operand
-from attnfuse.passes.lift.reader import Reader, Rule
+from attnfuse.passes.lift.reader import Arguments, Reader, Rule
 from attnfuse.passes.lift.view import aligned
 from attnfuse.score import Expr, apply
 
 __all__ = ["CONTRACTIONS"]
-
-Arguments = Mapping[str, Any]
 
 
 def _product(reader: Reader, node: Node, left: Node, right: Node, place: Place) -> Expr:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch.fx import Node
 
 from attnfuse.axes import Index, Unreadable
 from attnfuse.graph import facts
 from attnfuse.passes.lift.atoms import Place
 from attnfuse.passes.lift.pointwise import operand
-from attnfuse.passes.lift.reader import Reader, Rule
+from attnfuse.passes.lift.reader import Arguments, Reader, Rule
 from attnfuse.score import Const, Expr, apply
 
 __all__ = ["CREATE"]
-
-Arguments = Mapping[str, Any]
 
 
 def _arange(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:

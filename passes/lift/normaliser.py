@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from torch.fx import Node
 
@@ -13,13 +12,11 @@ from attnfuse.axes import Index, Size, Unreadable
 from attnfuse.graph import facts
 from attnfuse.passes.lift.atoms import Atom, Place, Reduced, Softmax
 from attnfuse.passes.lift.pointwise import POINTWISE, cast
-from attnfuse.passes.lift.reader import Reader, Rule
+from attnfuse.passes.lift.reader import Arguments, Reader, Rule
 from attnfuse.passes.lift.reduction import read_whole
 from attnfuse.score import Apply, Capture, Const, Expr, apply, rewrite, walk
 
 __all__ = ["NORMALISERS", "NORMALISER_NAMES", "divided_by_sum"]
-
-Arguments = Mapping[str, Any]
 
 #: What a chain of operations that makes weights begins with.
 NORMALISER_NAMES = ("softmax", "_softmax", "special_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "exp")

@@ -6,26 +6,24 @@ not vary along what is summed, is a factor of the product, and to widen a float8
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch.fx import Node
 
 from attnfuse.algebra import normalise
 from attnfuse.axes import Axis, Unreadable
 from attnfuse.graph import facts
 from attnfuse.passes.lift.pointwise import CASTS, operand
-from attnfuse.passes.lift.reader import Reader, Rule, Rules
+from attnfuse.passes.lift.product import axes_at
+from attnfuse.passes.lift.reader import Arguments, Reader, Rule, Rules
 from attnfuse.passes.lift.view import VIEWS
 from attnfuse.passes.site import Leaf, Operand, Place
 from attnfuse.reference import is_float8
 from attnfuse.score import Capture, Const, Expr, Index, apply, rewrite, walk
 
-__all__ = ["axes_of", "comes_from_float8", "factored", "varies", "viewed"]
+__all__ = ["comes_from_float8", "factored", "varies", "viewed"]
 
 
 def _scaling(op: str) -> Rule:
-    def rule(reader: Reader, node: Node, args: Mapping[str, Any], place: Place) -> Expr:
+    def rule(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
         source, factor = args["self"], args["other"]
         if facts.is_tensor(factor) and facts.rank(factor) > 0:
             if op == "div" or facts.rank(source) > 0:
@@ -57,21 +55,16 @@ def factored(reader: Reader, node: Node, place: Place, product: Node, inner: tup
 def viewed(reader: Reader, node: Node, place: Place, product: Node, weights: Place) -> Operand:
     """Value of ``product``, whose weights are read at ``weights``; a factor can be had by a weight instead."""
     found = _dequantised(reader, node, place, product)
-    if found is not None and not varies(reader, found.factor, axes_of(reader, place) - axes_of(reader, weights)):
+    if found is not None and not varies(reader, found.factor, axes_at(reader, place) - axes_at(reader, weights)):
         return found
     return _followed(reader.limited_to(VIEWS, product), reader, node, place)
-
-
-def axes_of(reader: Reader, place: Place) -> set[Axis]:
-    """The axes that a place runs over."""
-    return {axis for index in place for axis in reader.space.resolve(index.axes)}
 
 
 # --- dequantised ------------------------------------------------------------------------------------
 
 
 def _rescaling(op: str) -> Rule:
-    def rule(reader: Reader, node: Node, args: Mapping[str, Any], place: Place) -> Expr:
+    def rule(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
         source, scale = args["self"], args["other"]
         if op == "mul" and not comes_from_float8(source):
             source, scale = scale, source
@@ -89,7 +82,7 @@ def _scale(reader: Reader, scale: object, node: Node, place: Place) -> Expr:
     return reader.unlimited().scalar(scale)
 
 
-def _widening(reader: Reader, node: Node, args: Mapping[str, Any], place: Place) -> Expr:
+def _widening(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
     if not facts.dtype(node).is_floating_point or facts.dtype(node).itemsize == 1:
         raise Unreadable("a cast that rounds")
     return reader.read(args["self"], place)
@@ -126,7 +119,7 @@ def varies(reader: Reader, factor: Expr, axes: set[Axis]) -> bool:
             case Index(axis):
                 read = set(reader.space.resolve(reader.axes[axis].axes))
             case Capture(slot) if isinstance(atom := reader.atoms[slot], Leaf):
-                read = axes_of(reader, atom.place)
+                read = axes_at(reader, atom.place)
             case Capture():
                 return True
             case _:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -12,13 +10,11 @@ from torch.fx import Node
 from attnfuse.axes import Unreadable
 from attnfuse.graph import facts
 from attnfuse.passes.lift.atoms import Dropped, Place
-from attnfuse.passes.lift.reader import Reader, Rule
+from attnfuse.passes.lift.reader import Arguments, Reader, Rule
 from attnfuse.passes.lift.view import broadcast
 from attnfuse.score import Apply, Capture, Const, Expr, apply, walk
 
 __all__ = ["CASTS", "POINTWISE", "cast", "operand"]
-
-Arguments = Mapping[str, Any]
 
 
 def operand(reader: Reader, argument: object, place: Place) -> Expr:

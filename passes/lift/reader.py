@@ -27,10 +27,13 @@ from attnfuse.passes.lift.constant import Constants
 from attnfuse.score import Apply, Capture, Const, Expr, Symbol, apply, rewrite, walk
 from attnfuse.score import Index as Variable
 
-__all__ = ["Bound", "Reader", "Rule", "Rules", "TakeAsTensor"]
+__all__ = ["Arguments", "Bound", "Reader", "Rule", "Rules", "TakeAsTensor"]
+
+#: A call's arguments by name, as :func:`attnfuse.graph.facts.arguments` gives them.
+Arguments = Mapping[str, Any]
 
 #: ``rule(reader, node, arguments, place)`` is the node's value at that place; raises Unreadable to make it a leaf.
-Rule = Callable[["Reader", Node, Mapping[str, Any], Place], Expr]
+Rule = Callable[["Reader", Node, Arguments, Place], Expr]
 Rules = Mapping[str, Rule]
 
 #: What an input of a called program stands for: a number, or a node of the calling graph.

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch.fx import Node
 
 from attnfuse.axes import Index, Unreadable
 from attnfuse.graph import facts
 from attnfuse.passes.lift.atoms import Dot, Place, Reduced
 from attnfuse.passes.lift.pointwise import POINTWISE
-from attnfuse.passes.lift.reader import Reader, Rule
+from attnfuse.passes.lift.reader import Arguments, Reader, Rule
 from attnfuse.passes.lift.view import VIEWS, broadcast
 from attnfuse.score import Expr
 
 __all__ = ["REDUCTIONS", "is_product_sum", "read_whole"]
-
-Arguments = Mapping[str, Any]
 
 
 def read_whole(reader: Reader, reduced: Reduced, key: Index) -> Expr:

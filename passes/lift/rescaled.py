@@ -19,7 +19,8 @@ from attnfuse.graph import facts
 from attnfuse.passes.lift.assemble import assembled, softmax_over
 from attnfuse.passes.lift.atoms import Dot, Leaf, Reduced, Softmax
 from attnfuse.passes.lift.normaliser import divided_by_sum
-from attnfuse.passes.lift.operand import axes_of, comes_from_float8, varies
+from attnfuse.passes.lift.operand import comes_from_float8, varies
+from attnfuse.passes.lift.product import axes_at
 from attnfuse.passes.lift.reader import Reader
 from attnfuse.passes.lift.reduction import read_whole
 from attnfuse.passes.site import Site
@@ -45,7 +46,7 @@ def read_rescaled(reader: Reader, node: Node) -> Site | None:
         read = reader.read(weights, weight_place)
         found = _quotient(reader, read, by, outer) if op == "div" else _with_sink(reader, read, by)
         factor: Expr = Const(1.0)
-        columns = axes_of(reader, value_place) - axes_of(reader, weight_place)
+        columns = axes_at(reader, value_place) - axes_at(reader, weight_place)
         if found is None and _dequantises(node, outer, values) and not varies(reader, by, columns):
             found, factor = read, by if op == "mul" else apply("div", Const(1.0), by)
         if found is not None and (softmax := softmax_over(reader, found, outer)) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch.fx import Node
@@ -10,12 +10,10 @@ from torch.fx import Node
 from attnfuse.axes import Index, Size, Unreadable, same_size
 from attnfuse.graph import facts
 from attnfuse.passes.lift.atoms import Place
-from attnfuse.passes.lift.reader import Reader, Rule
+from attnfuse.passes.lift.reader import Arguments, Reader, Rule
 from attnfuse.score import Const, Expr
 
 __all__ = ["VIEWS", "aligned", "broadcast"]
-
-Arguments = Mapping[str, Any]
 
 
 def broadcast(node: Node, place: Place) -> Place:
