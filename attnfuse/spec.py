@@ -66,6 +66,11 @@ class Captured:
     axes: tuple[str, ...]
     dtype: str
 
+    @property
+    def kind(self) -> str:
+        """What the tensor holds, as programs know it: ``"bool"``, ``"int"`` or ``"float"``."""
+        return "bool" if self.dtype == "bool" else "int" if self.dtype.startswith(("int", "uint")) else "float"
+
 
 @dataclass(frozen=True)
 class AttentionSpec:

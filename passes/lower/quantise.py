@@ -47,8 +47,7 @@ def _scaled(spec: AttentionSpec, dtype: str, out: str) -> AttentionSpec:
     dot = apply("mul", apply("mul", query, key), S)
 
     def kind_of(slot: int) -> str:
-        name = captures[slot].dtype
-        return "bool" if name == "bool" else "int" if name.startswith(("int", "uint")) else "float"
+        return captures[slot].kind
 
     score: Expr = rewrite(spec.score, lambda part: dot if part == S else part)
     return replace(

@@ -70,9 +70,12 @@ def given(program: Expr, captures: tuple[Captured, ...], symbols: int) -> Expr:
     def rule(part: Expr) -> Expr:
         if not isinstance(part, Capture):
             return part
-        value, dtype = Symbol(symbols + part.slot), captures[part.slot].dtype
-        if dtype == "bool":
-            return apply("ne", value, Const(0))
-        return value if dtype.startswith(("int", "uint")) else apply("float", value)
+        value = Symbol(symbols + part.slot)
+        match captures[part.slot].kind:
+            case "bool":
+                return apply("ne", value, Const(0))
+            case "int":
+                return value
+        return apply("float", value)
 
     return rewrite(program, rule)

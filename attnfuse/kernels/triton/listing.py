@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.algebra import Bounds, bounds_of
-from attnfuse.kernels.triton.text import function_text, kind_of
+from attnfuse.kernels.triton.text import function_text
 from attnfuse.score import Capture, Const, Expr, Index, Symbol, walk
 from attnfuse.spec import Captured
 
@@ -63,7 +63,7 @@ class Mask:
         place = self.symbols
         match variable:
             case Capture(slot):
-                if kind_of(self.captures[slot].dtype) == "float" or not self.reads[slot]:
+                if self.captures[slot].kind == "float" or not self.reads[slot]:
                     return None
                 place += 2 * slot
             case Index("m" | "n" as axis):

@@ -140,7 +140,7 @@ class _Writer:
     known: dict[Expr, str] = field(default_factory=dict)
 
     def kind(self, expr: Expr) -> Kind:
-        return kind(expr, lambda slot: kind_of(self.captures[slot].dtype))
+        return kind(expr, lambda slot: self.captures[slot].kind)
 
     def value(self, expr: Expr) -> str:
         """An expression's text, a name or a literal, whose lines are written."""
@@ -171,7 +171,7 @@ class _Writer:
         for offset in (" + ".join(rows), terms.get("n", "")):
             pointer = f"({pointer} + ({offset}))" if offset else pointer
         load = f"tl.load({pointer})"
-        return f"{load}.to(tl.float32)" if kind_of(captured.dtype) == "float" else load
+        return f"{load}.to(tl.float32)" if captured.kind == "float" else load
 
     def _offset(self, axis: str, place: int) -> str:
         index = f"b[{axis[1:]}]" if axis[0] == "b" else axis
@@ -242,11 +242,6 @@ _OTHERS: dict[str, Callable[[_Writer, Apply, list[str]], str]] = {
     "pow": _Writer.power,
     "int": _Writer.whole,
 }
-
-
-def kind_of(dtype: str) -> Kind:
-    """The kind of a captured tensor: ``"bool"``, ``"int"`` or ``"float"``."""
-    return "bool" if dtype == "bool" else "int" if dtype.startswith(("int", "uint")) else "float"
 
 
 def literal(value: bool | int | float) -> str:
