@@ -28,6 +28,7 @@ __all__ = [
     "compute_dtype",
     "evaluate",
     "is_float8",
+    "name_of",
     "normalised",
     "out_dtype",
     "repeat_heads",
@@ -88,9 +89,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """A type as specs name it: ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def is_float8(dtype: torch.dtype) -> bool:
     """Whether it is one of the types of :data:`attnfuse.spec.FLOAT8`."""
-    return str(dtype).removeprefix("torch.") in FLOAT8
+    return name_of(dtype) in FLOAT8
 
 
 def out_dtype(spec: AttentionSpec, value: torch.dtype) -> torch.dtype:

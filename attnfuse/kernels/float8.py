@@ -6,7 +6,7 @@ import torch
 
 from attnfuse.axes import Minor
 from attnfuse.form import weight_factor
-from attnfuse.reference import is_float8, out_dtype
+from attnfuse.reference import is_float8, name_of, out_dtype
 from attnfuse.spec import AttentionSpec, axes_of
 from attnfuse.target import Target
 
@@ -71,7 +71,7 @@ def product_types(
     wide = next((each for each in (query, key) if not is_float8(each)), torch.bfloat16)
     narrow = query == key and query in units and out.itemsize == 2
     fits = minor == "n" or not str(target).startswith(_SUMS_CONTIGUOUS)
-    allowed = str(value).removeprefix("torch.") == spec.weight_dtype and not _varies_along_keys(spec)
+    allowed = name_of(value) == spec.weight_dtype and not _varies_along_keys(spec)
     rounded = allowed and fits and value in units and out.itemsize == 2
     return query if narrow else wide, value if rounded or not is_float8(value) else out
 

@@ -11,6 +11,7 @@ import typer
 from attnfuse.candidates import Asked
 from attnfuse.features import describe
 from attnfuse.kernels import Operand, Problem, kernels, measured
+from attnfuse.reference import name_of
 from attnfuse.screen import Steps, show_rows, steps
 from attnfuse.target import Target
 from attnfuse.tuning.figures import Figure, as_measured, measure
@@ -72,8 +73,7 @@ def _asking(operand: Operand, training: bool) -> Operand:
 
 def _words(problem: Problem, target: Target) -> str:
     query, keys = problem.query, problem.keys
-    dtype = str(query.dtype).removeprefix("torch.")
-    return f"{describe(problem.spec)}, {dtype} q{list(query.shape)} of {keys} keys on {target}"
+    return f"{describe(problem.spec)}, {name_of(query.dtype)} q{list(query.shape)} of {keys} keys on {target}"
 
 
 def _show(words: str, figures: Sequence[Figure]) -> None:

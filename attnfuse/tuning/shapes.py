@@ -9,6 +9,7 @@ import torch
 
 from attnfuse.candidates import Asked, Sizes, problem_of
 from attnfuse.features import describe
+from attnfuse.reference import name_of
 from attnfuse.score import parse
 from attnfuse.spec import AttentionSpec, Captured
 from attnfuse.target import Target
@@ -59,10 +60,6 @@ def standard(target: Target) -> Iterator[Asked]:
     for dtype in chosen.dtypes:
         for spec in SPECS:
             for sizes in (*chosen.sequences, *(chosen.decoding if spec is _PLAIN else ())):
-                captures = tuple(replace(each, dtype=_named(dtype)) for each in spec.captures)
+                captures = tuple(replace(each, dtype=name_of(dtype)) for each in spec.captures)
                 problem = problem_of(replace(spec, captures=captures).to_text(), sizes, dtype)
                 yield Asked(describe(spec), problem, target)
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from attnfuse.graph import facts
 from attnfuse.passes.lift.atoms import Dropped, Place
 from attnfuse.passes.lift.reader import Arguments, Reader, Rule
 from attnfuse.passes.lift.view import broadcast
+from attnfuse.reference import name_of
 from attnfuse.score import Apply, Capture, Const, Expr, apply, walk
 
 __all__ = ["CASTS", "POINTWISE", "cast", "operand"]
@@ -51,7 +52,7 @@ def _arithmetic(op: str) -> Rule:
 
     def rule(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
         if facts.dtype(node) not in _EXACT and not facts.dtype(node).is_floating_point:
-            raise Unreadable(f"{op} of {str(facts.dtype(node)).removeprefix('torch.')}, which wraps around")
+            raise Unreadable(f"{op} of {name_of(facts.dtype(node))}, which wraps around")
         return plain(reader, node, args, place)
 
     return rule

@@ -7,7 +7,7 @@ from torch.fx import Node
 from attnfuse.graph import facts
 from attnfuse.passes.lift.pointwise import CASTS
 from attnfuse.passes.lift.view import VIEWS
-from attnfuse.reference import is_float8
+from attnfuse.reference import is_float8, name_of
 
 __all__ = ["quantised_to"]
 
@@ -21,4 +21,4 @@ def quantised_to(weights: Node) -> str | None:
         if facts.op_name(weights) not in _BEHIND_WEIGHTS or not weights.all_input_nodes:
             return None
         weights = weights.all_input_nodes[0]
-    return str(facts.dtype(weights)).removeprefix("torch.")
+    return name_of(facts.dtype(weights))

@@ -15,6 +15,7 @@ from attnfuse.graph.build import Builder, UnknownSize
 from attnfuse.kernels.float8 import quantised_to
 from attnfuse.passes.lower.operands import Operands
 from attnfuse.passes.site import Attention
+from attnfuse.reference import name_of
 from attnfuse.score import Capture, Expr, S, apply, rewrite
 from attnfuse.spec import AttentionSpec, Captured
 from attnfuse.target import Target
@@ -36,8 +37,8 @@ def quantised(attention: Attention, target: Target) -> Attention | None:
     able = spec.normaliser == "softmax" and weight_factor(spec.weight) is not None and attention.value is not None
     if dtype is None or not able or not {layout.dtype for layout in attention.operands} <= halves:
         return None
-    out = str(facts.dtype(attention.site.node)).removeprefix("torch.")
-    return replace(attention, spec=_scaled(spec, str(dtype).removeprefix("torch."), out), quantised=True)
+    scaled = _scaled(spec, name_of(dtype), name_of(facts.dtype(attention.site.node)))
+    return replace(attention, spec=scaled, quantised=True)
 
 
 def _scaled(spec: AttentionSpec, dtype: str, out: str) -> AttentionSpec:

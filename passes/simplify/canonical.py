@@ -9,7 +9,7 @@ from attnfuse.graph import facts
 from attnfuse.passes.simplify.rename import Renamer
 from attnfuse.passes.simplify.roles import Axes, Roles, roles_of
 from attnfuse.passes.site import Attention, Layout, Leaf, Operand, Site
-from attnfuse.reference import is_float8
+from attnfuse.reference import is_float8, name_of
 from attnfuse.spec import AttentionSpec, Captured
 
 __all__ = ["simplify"]
@@ -59,11 +59,7 @@ def simplify(site: Site) -> Attention | Refused:
 def _out_dtype(site: Site) -> str | None:
     """The result's type where it is not value's: weights, and the result of values that are float8 tensors."""
     named = site.value is None or is_float8(facts.dtype(site.value.source.node))
-    return _name(facts.dtype(site.node)) if named else None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return name_of(facts.dtype(site.node)) if named else None
 
 
 def _refusal(site: Site, reason: str) -> Refused:
@@ -73,7 +69,7 @@ def _refusal(site: Site, reason: str) -> Refused:
 def _captured(leaf: Leaf, dimensions: dict[str, Axes]) -> Captured:
     present = {axis for index in leaf.place for axis in index.axes}
     axes = tuple(name for name, dimension in dimensions.items() if present & set(dimension))
-    return Captured(axes, _name(facts.dtype(leaf.node)))
+    return Captured(axes, name_of(facts.dtype(leaf.node)))
 
 
 def _capture_layout(leaf: Leaf, groups: tuple[Axes, ...]) -> Layout:

@@ -19,6 +19,7 @@ from attnfuse.atomic import replacing
 from attnfuse.kernels import Kernel, Operand, Problem, kernels
 from attnfuse.kernels.prices import Table, measured_path
 from attnfuse.operands import Operands
+from attnfuse.reference import name_of
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 from benchmark.table import machine
@@ -86,7 +87,7 @@ def _factors(kernel: Kernel, target: Target, device: str, sizes: tuple[int, ...]
         if target.kind in kernel.devices and not kernel.refuses(problem, target):
             ratios = _ratios(kernel, [_made(device, sizes, dtype) for _ in _OPERANDS], problem.spec)
             noticed = {name: round(ratio, 2) for name, ratio in ratios.items() if abs(ratio - 1) > _NOISE}
-            found |= {str(dtype).removeprefix("torch."): noticed} if noticed else {}
+            found |= {name_of(dtype): noticed} if noticed else {}
     return found
 
 

@@ -26,7 +26,7 @@ from attnfuse.kernels.prices import factor
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import kernel
 from attnfuse.operands import Operands
-from attnfuse.reference import attention, is_float8
+from attnfuse.reference import attention, is_float8, name_of
 from attnfuse.spec import AttentionSpec, Normaliser
 from attnfuse.target import Target
 
@@ -50,7 +50,7 @@ class Blocked(Kernel):
     def refuses(self, problem: Problem, target: Target) -> tuple[str, ...]:
         """Only dtypes that torch has no matrix product for."""
         return tuple(
-            f"{name} is {str(operand.dtype).removeprefix('torch.')}"
+            f"{name} is {name_of(operand.dtype)}"
             for name, operand in (("query", problem.query), ("key", problem.key), ("value", problem.value))
             if operand.dtype not in DTYPES and not is_float8(operand.dtype)
         )

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # torch offers 
 from attnfuse.atomic import replacing
 from attnfuse.cache import believed, folder
 from attnfuse.errors import BadInput
+from attnfuse.reference import name_of
 
 __all__ = ["Speed", "processor", "speed"]
 
@@ -46,7 +47,7 @@ def speed(dtype: torch.dtype) -> Speed | None:
     """Speed of the machine in a floating-point dtype; None where it is not to be measured."""
     if not believed():
         return None
-    name, path = str(dtype).removeprefix("torch."), _path()
+    name, path = name_of(dtype), _path()
     known = _read(path)
     if name not in known:
         known[name] = _measured(dtype)

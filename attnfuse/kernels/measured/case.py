@@ -12,6 +12,7 @@ import torch
 from attnfuse.features import Scale, features
 from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import UNFUSED
+from attnfuse.reference import name_of
 from attnfuse.score import P, text
 from attnfuse.spec import AttentionSpec
 
@@ -59,7 +60,7 @@ def case_at(
 ) -> Case:
     """The case of a spec at these shapes."""
     when = "training" if training else "inference"
-    kind = f"{_kind(spec)}, {str(dtype).removeprefix('torch.')}, {query[-1]}x{value[-1]}, {when}"
+    kind = f"{_kind(spec)}, {name_of(dtype)}, {query[-1]}x{value[-1]}, {when}"
     sizes = (math.prod(query[:-2]), query[-3] / max(key[-3], 1), query[-2], key[-2])
     return Case(kind, tuple(round(math.log2(max(size, 1))) for size in sizes))
 

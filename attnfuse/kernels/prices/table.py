@@ -15,6 +15,7 @@ from attnfuse.cache import believed, folder
 from attnfuse.errors import BadInput
 from attnfuse.kernels.float8 import product_types
 from attnfuse.kernels.problem import Problem
+from attnfuse.reference import name_of
 from attnfuse.target import Target
 
 __all__ = ["Table", "factor", "measured_path", "prices_of"]
@@ -55,9 +56,9 @@ def factor(kernel: str, problem: Problem, target: Target) -> float:
     What counts is the type that value can be multiplied in.
     """
     by_dtype = prices_of(target).factors.get(kernel, {})
-    name = str(product_types(problem.spec, problem.dtypes, target)[1]).removeprefix("torch.")
-    known = by_dtype.get(name) or by_dtype.get(name.partition("_")[0], {})
-    return math.prod(known.get(name, 1.0) for name, minor in problem.minors.items() if minor == "n")
+    dtype = name_of(product_types(problem.spec, problem.dtypes, target)[1])
+    known = by_dtype.get(dtype) or by_dtype.get(dtype.partition("_")[0], {})
+    return math.prod(known.get(operand, 1.0) for operand, minor in problem.minors.items() if minor == "n")
 
 
 @lru_cache

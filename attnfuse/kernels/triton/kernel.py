@@ -27,7 +27,7 @@ from attnfuse.kernels.triton.planning import NAME
 from attnfuse.kernels.triton.text import untranslatable
 from attnfuse.kernels.triton.weighing import weights
 from attnfuse.operands import Operands
-from attnfuse.reference import attention, is_float8
+from attnfuse.reference import attention, is_float8, name_of
 from attnfuse.score import P, text
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
@@ -122,13 +122,9 @@ def _operands(problem: Problem, target: Target) -> tuple[str, ...]:
     captured = {each.dtype for each in problem.spec.captures} - set(CAPTURED)
     reasons = [
         (len(wide) > 1 or not wide <= set(DTYPES), "needs operands of one dtype: float32, bfloat16 or float16"),
-        (not narrow <= readable(target), f"reads no {', '.join(map(_name, narrow - readable(target)))} there"),
+        (not narrow <= readable(target), f"reads no {', '.join(map(name_of, narrow - readable(target)))} there"),
         (bool(narrow) and problem.training, "has no backward of float8"),
         (max(query.shape[-1], value.shape[-1]) > WIDEST, f"has heads of {WIDEST} at most"),
         (bool(captured), f"reads no captures of {', '.join(sorted(captured))}"),
     ]
     return tuple(reason for holds, reason in reasons if holds)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
