@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from attnfuse.errors import NoKernel
-from attnfuse.kernels import cost
+from attnfuse.kernels.cpu import cost as cpu_cost
 from attnfuse.kernels.gpu import cost as gpu_cost
 from attnfuse.kernels.kernel import Kernel
 from attnfuse.kernels.measured import near, rival, state
@@ -91,7 +91,7 @@ def modelled(problem: Problem, target: Target) -> dict[str, float]:
 
 def _unfused(problem: Problem, target: Target) -> float:
     written = problem.widened
-    return cost.unfused(written) if target.kind == "cpu" else gpu_cost.unfused(written, target)
+    return cpu_cost.unfused(written) if target.kind == "cpu" else gpu_cost.unfused(written, target)
 
 
 def _judged(each: Kernel, problem: Problem, target: Target, *, portable: bool = False) -> Candidate:

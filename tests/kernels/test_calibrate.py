@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnfuse.kernels import cost
-from attnfuse.kernels.cpu import calibrate
+from attnfuse.kernels.cpu import calibrate, cost
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnfuse import reference
-from attnfuse.kernels import cost
+from attnfuse.kernels.cpu import cost
 from attnfuse.kernels.cpu.backward import Gradients
 from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.forward import Forward
@@ -56,7 +56,7 @@ class Blocked(Kernel):
         )
 
     def cost(self, problem: Problem, target: Target) -> float:
-        """See :mod:`attnfuse.kernels.cost`."""
+        """See :mod:`attnfuse.kernels.cpu.cost`."""
         return cost.blocked(problem) * factor(self.name, problem, target)
 
     def run(self, spec: AttentionSpec, operands: Operands) -> Tensor:

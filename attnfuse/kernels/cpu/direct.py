@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnfuse.kernels import cost
+from attnfuse.kernels.cpu import cost
 from attnfuse.kernels.cpu.blocked import Blocked
 from attnfuse.kernels.cpu.call import Call
 from attnfuse.kernels.cpu.functional import attend_whole
@@ -35,7 +35,7 @@ class Direct(Blocked):
     gives_weights: ClassVar[bool] = False
 
     def cost(self, problem: Problem, target: Target) -> float:
-        """See :mod:`attnfuse.kernels.cost`."""
+        """See :mod:`attnfuse.kernels.cpu.cost`."""
         return cost.direct(problem) * factor(self.name, problem, target)
 
     def run(self, spec: AttentionSpec, operands: Operands) -> Tensor:

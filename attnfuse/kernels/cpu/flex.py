@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention  # torch.ops.higher_order has it once this ran
 
-from attnfuse.kernels import cost
+from attnfuse.kernels.cpu import cost
 from attnfuse.kernels.cpu.batches import four_d
 from attnfuse.kernels.cpu.blockmask import block_mask
 from attnfuse.kernels.cpu.element import Modification
@@ -62,7 +62,7 @@ class Flex(Kernel):
         return reasons or _switched_off() or _cannot_compile()
 
     def cost(self, problem: Problem, target: Target) -> float:
-        """See :mod:`attnfuse.kernels.cost`."""
+        """See :mod:`attnfuse.kernels.cpu.cost`."""
         return cost.flex(problem)
 
     def inlines(self, problem: Problem) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attnfuse.errors import BadProgram
 from attnfuse.form import ABSORBING, Form, form_of
-from attnfuse.kernels import cost
+from attnfuse.kernels.cpu import cost
 from attnfuse.kernels.cpu.batches import for_flash, four_d, gradients
 from attnfuse.kernels.kernel import Kernel, Residual
 from attnfuse.kernels.prices import factor
@@ -58,7 +58,7 @@ class Sdpa(Kernel):
         return _slow_path(problem)
 
     def cost(self, problem: Problem, target: Target) -> float:
-        """See :mod:`attnfuse.kernels.cost`; ATen's fast path takes operands whose columns are contiguous."""
+        """See :mod:`attnfuse.kernels.cpu.cost`; ATen's fast path takes operands whose columns are contiguous."""
         return cost.sdpa(problem, called=not self.inlines(problem)) * factor(self.name, problem, target)
 
     def inlines(self, problem: Problem) -> bool:
