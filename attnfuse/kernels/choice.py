@@ -53,9 +53,14 @@ class Choice:
         return {c.name: c.seconds for c in self.candidates if c.seconds is not None}
 
     @property
+    def limit(self) -> float:
+        """Seconds that count as no slower than the graph as it is."""
+        return self.tie * self.seconds[UNFUSED]
+
+    @property
     def pays(self) -> bool:
         """Whether the chosen kernel is estimated to be as fast as the graph as it is, up to ``tie``."""
-        return self.seconds[self.kernel] <= self.tie * self.seconds[UNFUSED]
+        return self.seconds[self.kernel] <= self.limit
 
 
 def choose(problem: Problem, target: Target, only: str | None = None, *, portable: bool = False) -> Choice:

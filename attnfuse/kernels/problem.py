@@ -39,6 +39,11 @@ class Operand:
     requires_grad: bool = False
     minor: Minor = "d"
 
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def without_columns(self) -> Operand:
         """The value that there is not where the weights of this key are wanted."""
         return Operand((*self.shape[:-1], 0), self.dtype)
@@ -73,10 +78,10 @@ class Problem:
     @property
     def words(self) -> str:
         """Its features in words."""
+        if not self.weights:
+            return describe(self.spec)
         # a type that the spec names is that of the weights, and not of what float8 values give
-        return (
-            f"{describe(replace(self.spec, out_dtype=None))}, weights returned" if self.weights else describe(self.spec)
-        )
+        return f"{describe(replace(self.spec, out_dtype=None))}, weights returned"
 
     @property
     def shapes(self) -> str:
@@ -144,7 +149,7 @@ class Problem:
     def captured_bytes(self) -> int:
         """Bytes of the captures that vary along rows and keys: those that are read score by score."""
         return sum(
-            math.prod(x.shape) * x.dtype.itemsize
+            x.bytes
             for x, captured in zip(self.captures, self.spec.captures, strict=False)
             if {"m", "n"} <= set(captured.axes)
         )
@@ -156,4 +161,4 @@ class Problem:
     @property
     def flops(self) -> int:
         """Multiply-adds of both products counted as two each, nothing skipped."""
-        return 2 * self.heads * self.rows * self.keys * (self.query.shape[-1] + self.value.shape[-1])
+        return 2 * self.scores * (self.query.shape[-1] + self.value.shape[-1])

@@ -127,7 +127,7 @@ def _plan(attention: Attention, captured: Captured, wishes: Wishes) -> Plan | Re
     except (UnknownSize, NoKernel) as error:
         return _refusal(attention, str(error))
     ours, theirs = _attainable(problem, choice, wishes), choice.seconds[UNFUSED]
-    if wishes.profit and ours > choice.tie * theirs:
+    if wishes.profit and ours > choice.limit:
         what = _AS_IT_IS[problem.source]
         reason = f"no kernel is faster: {choice.kernel} is estimated at {ours:.2g} s, {what} at {theirs:.2g} s"
         return _refusal(attention, reason, "profit=False fuses all the same")

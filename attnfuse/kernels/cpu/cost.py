@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from attnfuse.form import form_of, masked_by
+from attnfuse.kernels.cpu import blockmask, blocks
 from attnfuse.kernels.cpu.calibrate import speed
 from attnfuse.kernels.cpu.chain import steps_of
 from attnfuse.kernels.cpu.split import split
@@ -106,15 +107,12 @@ FLEX_FLOAT, FLEX_HALF, FLEX_TILES = 1.7, 2.4, 1.43
 FLEX_STEP, FLEX_TRANSCENDENTAL = 0.15, 1.0
 #: Nanoseconds of a call at 100 keys. What it is estimated to save must exceed a twentieth: it takes seconds to compile.
 FLEX_CALL, FLEX_MARGIN = 300e3, 1.05
-#: Rows of flex_attention's blocks.
-BLOCK_OF_FLEX = 128
 #: What a kernel is estimated to save must exceed a tenth while scores stay in the cache: estimates err by as much, and
 #: memory is not at stake there.
 IN_CACHE_MARGIN = 1.1
 #: Bytes of a last-level cache.
 CACHE = 32 << 20
 _TRANSCENDENTAL = {"tanh", "exp", "log", "sigmoid", "erf", "pow", "sin", "cos"}
-ROWS_IN_BLOCK, SCORES_IN_BLOCK = 128, 1 << 19
 
 
 def blocked(problem: Problem) -> float:
@@ -126,9 +124,9 @@ def blocked(problem: Problem) -> float:
     if problem.spec.normaliser == "softmax":
         each += rates.softmax_plain if problem.plain else rates.softmax
     each += 0.0 if band.open else rates.band
-    scores = problem.scores * band.share(problem.rows, problem.keys, ROWS_IN_BLOCK)
+    scores = problem.scores * band.share(problem.rows, problem.keys, blocks.ROWS_IN_BAND)
     each += SINK if problem.spec.sink is not None else 0.0
-    calls = BLOCK * math.ceil(scores / (SCORES_IN_BLOCK * threads)) + CALL
+    calls = BLOCK * math.ceil(scores / (blocks.SCORES * threads)) + CALL
     forward = (scores * each + problem.scores * written + _kv_bytes(problem) * BYTE) / threads + calls
     forward *= 1.0 if _spills(problem) else IN_CACHE_MARGIN
     if not problem.training:
@@ -163,7 +161,7 @@ def flex(problem: Problem) -> float:
     steps = [part.op for part in walk(parts.score) if isinstance(part, Apply)]
     each = slower * _contraction(problem, rates.flash) + FLEX_STEP * len(steps)
     each += FLEX_TRANSCENDENTAL * sum(op in _TRANSCENDENTAL for op in steps)
-    scores = problem.scores * parts.band.share(problem.rows, problem.keys, BLOCK_OF_FLEX)
+    scores = problem.scores * parts.band.share(problem.rows, problem.keys, blockmask.BLOCK)
     # written twice and read once more
     moved = 3 * problem.heads * problem.rows * problem.value.shape[-1] * problem.value.dtype.itemsize * BYTE
     return FLEX_MARGIN * ((scores * each + moved) / threads + FLEX_CALL) * 1e-9
@@ -276,4 +274,4 @@ def _program(problem: Problem, rates: Rates) -> float:
 
 
 def _kv_bytes(problem: Problem) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in (problem.key, problem.value))
+    return problem.key.bytes + problem.value.bytes

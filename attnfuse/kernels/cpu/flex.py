@@ -107,7 +107,7 @@ def _cannot_say(spec: AttentionSpec) -> tuple[str, ...]:
 
 
 def _cannot_take(problem: Problem) -> tuple[str, ...]:
-    dtypes = {problem.query.dtype, problem.key.dtype, problem.value.dtype}
+    dtypes = set(problem.dtypes)
     sizes = (*problem.query.shape, *problem.key.shape, *problem.value.shape)
     reasons = [
         (not problem.compiled, "is dense where nothing compiles it"),

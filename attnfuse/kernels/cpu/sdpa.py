@@ -180,7 +180,7 @@ def _means_otherwise(problem: Problem) -> tuple[str, ...]:
 
 
 def _slow_path(problem: Problem) -> tuple[str, ...]:
-    dtypes = {problem.query.dtype, problem.key.dtype, problem.value.dtype}
+    dtypes = set(problem.dtypes)
     reasons = [
         (problem.spec.dropout > 0, "ATen's CPU kernel has no dropout"),
         (problem.query.shape[-1] != problem.value.shape[-1], "ATen's CPU kernel needs value as wide as query"),

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from attnfuse.kernels.gpu.cost import ROWS_OF_TILE, STREAMED, TANH, device_of
-from attnfuse.kernels.problem import Operand, Problem
+from attnfuse.kernels.problem import Problem
 from attnfuse.kernels.registry import lookup
 from attnfuse.kernels.rows import band_of
 from attnfuse.kernels.triton import logit_of
@@ -34,7 +34,7 @@ LAUNCH, BANDWIDTH = 12e-6, 4.0e12
 
 def forward_seconds(problem: Problem) -> float:
     """Seconds of a forward."""
-    moved = sum(map(_bytes, (problem.query, problem.key, problem.value, *problem.captures))) / BANDWIDTH
+    moved = sum(x.bytes for x in (problem.query, problem.key, problem.value, *problem.captures)) / BANDWIDTH
     if is_float8(problem.query.dtype):
         return max(_float8_seconds(problem), moved) + _turned(problem) + LAUNCH
     rate = _of_width(RATES, problem)
@@ -59,16 +59,12 @@ def _has_program(problem: Problem) -> bool:
 
 def _turned(problem: Problem) -> float:
     """Seconds in which value is copied with its columns contiguous."""
-    return 2 * _bytes(problem.value) / TURNED if problem.value.minor == "d" else 0.0
+    return 2 * problem.value.bytes / TURNED if problem.value.minor == "d" else 0.0
 
 
 def _of_width(table: dict[int, float], problem: Problem) -> float:
     width = max(problem.query.shape[-1], problem.value.shape[-1])
     return next(found for block, found in table.items() if width <= block)
-
-
-def _bytes(operand: Operand) -> int:
-    return math.prod(operand.shape) * operand.dtype.itemsize
 
 
 def backward_seconds(problem: Problem, other: str, target: Target, *, own: bool) -> float:

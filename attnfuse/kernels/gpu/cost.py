@@ -175,8 +175,7 @@ def _types(problem: Problem, target: Target) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _bytes(problem: Problem) -> int:
-    operands = (problem.query, problem.key, problem.value)
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in operands) + problem.captured_bytes
+    return problem.query.bytes + problem.key.bytes + problem.value.bytes + problem.captured_bytes
 
 
 def _captured_gradient(problem: Problem) -> bool:

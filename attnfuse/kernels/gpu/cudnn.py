@@ -88,7 +88,7 @@ def _unsupported(problem: Problem, target: Target) -> tuple[str, ...]:
     spec = problem.spec
     form = form_of(spec.score)
     plain = form is not None and not form.bias and (not form.keep or is_causal(spec))
-    dtypes = {x.dtype for x in (problem.query, problem.key, problem.value)}
+    dtypes = set(problem.dtypes)
     widths = (problem.query.shape[-1], problem.value.shape[-1])
     wide = max(widths) > WIDEST and not _takes(target, max(widths), training=problem.training)
     reasons = [

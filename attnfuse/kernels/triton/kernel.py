@@ -115,16 +115,14 @@ def _programs(problem: Problem) -> tuple[str, ...]:
 
 
 def _operands(problem: Problem, target: Target) -> tuple[str, ...]:
-    query, key, value = problem.query, problem.key, problem.value
-    dtypes = {x.dtype for x in (query, key, value)}
-    narrow = {dtype for dtype in dtypes if is_float8(dtype)}
-    wide = dtypes - narrow
+    narrow = set(filter(is_float8, problem.dtypes))
+    wide = set(problem.dtypes) - narrow
     captured = {each.dtype for each in problem.spec.captures} - set(CAPTURED)
     reasons = [
         (len(wide) > 1 or not wide <= set(DTYPES), "needs operands of one dtype: float32, bfloat16 or float16"),
         (not narrow <= readable(target), f"reads no {', '.join(map(name_of, narrow - readable(target)))} there"),
         (bool(narrow) and problem.training, "has no backward of float8"),
-        (max(query.shape[-1], value.shape[-1]) > WIDEST, f"has heads of {WIDEST} at most"),
+        (max(problem.query.shape[-1], problem.value.shape[-1]) > WIDEST, f"has heads of {WIDEST} at most"),
         (bool(captured), f"reads no captures of {', '.join(sorted(captured))}"),
     ]
     return tuple(reason for holds, reason in reasons if holds)
