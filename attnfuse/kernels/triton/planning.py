@@ -73,7 +73,6 @@ def plan_of(
     logit = logit_of(spec, rows_kept=rows_kept(spec, rows, keys, symbols))
     scores, weights = _types(spec, query, key, value, target)
     in_tile, of_row = factors_of_weights(spec)
-    packed = groups > 1 and rows <= PACKED_BELOW
     schedule = _able(schedule or _chosen(spec, query, key, value, symbols, target))
     return Plan(
         schedule=schedule,
@@ -87,7 +86,7 @@ def plan_of(
         precise=logit.huge or torch.float32 in (scores, weights),
         batch=spec.batch,
         groups=groups,
-        packed=packed,
+        packed=_is_packed(rows, groups),
         width=query.shape[-1],
         value_width=value.shape[-1],
         padded=_padded(query.shape[-1], scores),
@@ -98,7 +97,7 @@ def plan_of(
         rest=not band.open and not skips_surely(spec, rows, keys, symbols),
         floor=max(_fill(spec) + MARGIN, ABSORBING) / logit.factor,
         even=keys % schedule.keys == 0,
-        precision="ieee" if packed or rows <= FEW else precision,
+        precision="ieee" if rows <= FEW or _is_packed(rows, groups) else precision,
         dropout=spec.dropout,
         with_lse=with_lse,
         fast=torch.float32 not in (scores, weights) and target.kind == "cuda",
@@ -123,6 +122,11 @@ def _able(schedule: Schedule) -> Schedule:
             f"with keys outside rows are split, in spans, and not keys: splits={schedule.splits} must be 1"
         )
     return schedule
+
+
+def _is_packed(rows: int, groups: int) -> bool:
+    """Whether a tile has the rows of all query heads that share a key head."""
+    return groups > 1 and rows <= PACKED_BELOW
 
 
 def _fill(spec: AttentionSpec) -> float:
@@ -207,7 +211,7 @@ def filled(
 def _in_tiles(query: Memory | Operand, key: Memory | Operand) -> int:
     """Rows that are computed together for one key head."""
     rows, groups = query.shape[-2], query.shape[-3] // key.shape[-3]
-    return rows * groups if rows <= PACKED_BELOW else rows
+    return rows * groups if _is_packed(rows, groups) else rows
 
 
 def _types(
