@@ -34,7 +34,7 @@ from rich.progress import track
 from benchmark import blocks as whole_blocks
 from benchmark import cost as rewriting
 from benchmark import gpu_plot, gpu_table, models
-from benchmark import hopper as kernels
+from benchmark import hopper as forwards
 from benchmark import hopper_backward as backwards
 from benchmark import hopper_float8 as float8
 from benchmark import kernels as alone
@@ -128,17 +128,17 @@ def _bench_layouts(device: str, path: Path | None, *, quick: bool) -> None:
 
 
 def _bench_hopper(only: str, json: Path | None, plot: Path | None) -> None:
-    tasks = kernels.to_compile(only), float8.float8_to_compile(only), backwards.backward_to_compile(only)
+    tasks = forwards.to_compile(only), float8.float8_to_compile(only), backwards.backward_to_compile(only)
     _compile_ahead({name: prepare for each in tasks for name, prepare in each.items()})
-    rows: list[kernels.Row] = []
-    for row in chain(kernels.hopper(only), float8.float8_rows(only), backwards.backward_rows(only)):
+    rows: list[forwards.Row] = []
+    for row in chain(forwards.hopper(only), float8.float8_rows(only), backwards.backward_rows(only)):
         rows.append(row)
-        err.print(kernels.as_text(rows[-1:]).splitlines()[-1], highlight=False)
+        err.print(forwards.as_text(rows[-1:]).splitlines()[-1], highlight=False)
         if json is not None:
-            kernels.save(rows, json)
-    out.print(kernels.as_text(rows), highlight=False)
+            forwards.save(rows, json)
+    out.print(forwards.as_text(rows), highlight=False)
     if plot is not None:
-        kernels.plot(rows, plot)
+        forwards.plot(rows, plot)
 
 
 def _words(listed: str) -> tuple[str, ...]:

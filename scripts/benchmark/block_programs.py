@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BLOCKS", "Block", "Sizes"]
+__all__ = ["BLOCKS", "Block", "Kit", "Sizes"]
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max

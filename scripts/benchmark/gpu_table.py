@@ -12,7 +12,7 @@ from benchmark.gpu import GpuRow
 from benchmark.peers import OURS, PEERS
 from benchmark.targets import Target
 
-__all__ = ["as_line", "as_table", "by_hand", "summary", "targets"]
+__all__ = ["as_line", "as_table", "by_hand", "ratio", "summary", "targets"]
 
 #: Where a mask hides scores, and where of all peers only flex computes the program without a tensor for each score.
 MASKED, ONLY_FLEX = ("llama", "softcap", "alibi", "window", "sinks"), ("softcap", "alibi")

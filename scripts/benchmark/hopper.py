@@ -28,7 +28,24 @@ from attnfuse.score import parse
 from attnfuse.spec import AttentionSpec, Captured
 from benchmark.ahead import Prepare
 
-__all__ = ["Case", "Row", "as_text", "chosen", "hopper", "plot", "save", "to_compile"]
+__all__ = [
+    "CASES",
+    "Case",
+    "Row",
+    "as_text",
+    "by_cudnn",
+    "by_flex",
+    "captures_of",
+    "chosen",
+    "error_of",
+    "hopper",
+    "plot",
+    "save",
+    "spec_of",
+    "times_of",
+    "to_compile",
+    "truth_of",
+]
 
 ROUNDS, WARMUP, REPEAT = 3, 10, 80
 
@@ -69,7 +86,7 @@ class Row:
 # --- cases ------------------------------------------------------------------------------------------
 
 
-def _spec(score: str, *captures: str, sink: str | None = None) -> AttentionSpec:
+def spec_of(score: str, *captures: str, sink: str | None = None) -> AttentionSpec:
     found = tuple(Captured(tuple(c[:-1].split("[")[1].split(",")), c.split("[")[0]) for c in captures)
     return AttentionSpec(parse(score), sink=None if sink is None else parse(sink), captures=found)
 
@@ -82,21 +99,21 @@ def _plain() -> Iterator[Case]:
     ]  # fmt: skip
     for target, shape in shapes:
         scale = shape[3] ** -0.5
-        yield Case("full", shape, _spec(f"{scale} * s"), "cudnn", target, causal=False)
-        yield Case("causal", shape, _spec(f"where(n <= m, {scale} * s, -inf)"), "cudnn", target)
+        yield Case("full", shape, spec_of(f"{scale} * s"), "cudnn", target, causal=False)
+        yield Case("causal", shape, spec_of(f"where(n <= m, {scale} * s, -inf)"), "cudnn", target)
 
 
 def _programs() -> Iterator[Case]:
     shape, scale = (2, 16, 8192, 128), 128**-0.5
     programs = {
-        "softcap": _spec(f"where(n <= m, 50.0 * tanh({scale} * s / 50.0), -inf)"),
-        "alibi": _spec(f"where(n <= m, {scale} * s + t0 * (n - m), -inf)", "float32[h]"),
-        "bias": _spec(f"where(n <= m, {scale} * s + t0, -inf)", "bfloat16[h,m,n]"),
-        "window": _spec(f"where((n <= m) & (n >= m - 1023), {scale} * s, -inf)"),
-        "document": _spec(f"where((n <= m) & (t0 == t1), {scale} * s, -inf)", "int32[b0,m]", "int32[b0,n]"),
-        "sinks": _spec(f"where(n <= m, {scale} * s, -inf)", "bfloat16[h]", sink="t0"),
+        "softcap": spec_of(f"where(n <= m, 50.0 * tanh({scale} * s / 50.0), -inf)"),
+        "alibi": spec_of(f"where(n <= m, {scale} * s + t0 * (n - m), -inf)", "float32[h]"),
+        "bias": spec_of(f"where(n <= m, {scale} * s + t0, -inf)", "bfloat16[h,m,n]"),
+        "window": spec_of(f"where((n <= m) & (n >= m - 1023), {scale} * s, -inf)"),
+        "document": spec_of(f"where((n <= m) & (t0 == t1), {scale} * s, -inf)", "int32[b0,m]", "int32[b0,n]"),
+        "sinks": spec_of(f"where(n <= m, {scale} * s, -inf)", "bfloat16[h]", sink="t0"),
     }
-    yield Case("causal", shape, _spec(f"where(n <= m, {scale} * s, -inf)"), "flex", 1.3)
+    yield Case("causal", shape, spec_of(f"where(n <= m, {scale} * s, -inf)"), "flex", 1.3)
     for name, spec in programs.items():
         yield Case(name, shape, spec, "flex", 1.3)
 
@@ -105,7 +122,7 @@ CASES = (*_plain(), *_programs())
 DOCUMENTS = 6
 
 
-def _captures(case: Case, device: str) -> list[Tensor]:
+def captures_of(case: Case, device: str) -> list[Tensor]:
     """Random slopes, biases and sinks; documents of equal length."""
     batch, heads, keys, _ = case.shape
     sizes = {"b0": batch, "h": heads, "m": keys, "n": keys}
@@ -127,7 +144,9 @@ def _captures(case: Case, device: str) -> list[Tensor]:
 # --- peers ------------------------------------------------------------------------------------------
 
 
-def _cudnn(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+def by_cudnn(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+    """ATen's call of it."""
+
     def run() -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return F.scaled_dot_product_attention(query, key, value, is_causal=case.causal)
@@ -135,7 +154,7 @@ def _cudnn(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Callable[[]
     return run
 
 
-def _flex(case: Case, query: Tensor, key: Tensor, value: Tensor, captures: list[Tensor]) -> Callable[[], Tensor]:
+def by_flex(case: Case, query: Tensor, key: Tensor, value: Tensor, captures: list[Tensor]) -> Callable[[], Tensor]:
     """FlexAttention as its users write it; sinks by the lse, which it returns."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: PLC0415
 
@@ -207,13 +226,13 @@ def _operands(case: Case) -> tuple[list[Tensor], list[Tensor]]:
     torch.manual_seed(0)
     torch.compiler.reset()
     operands = [torch.randn(case.shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    return operands, _captures(case, "cuda")
+    return operands, captures_of(case, "cuda")
 
 
 def _runs(case: Case, operands: list[Tensor], captures: list[Tensor]) -> tuple[Callable[[], Tensor], ...]:
     """The peer's call and ours."""
     query, key, value = operands
-    peer = _cudnn(case, query, key, value) if case.peer == "cudnn" else _flex(case, query, key, value, captures)
+    peer = by_cudnn(case, query, key, value) if case.peer == "cudnn" else by_flex(case, query, key, value, captures)
     return peer, partial(lookup("gluon").run, case.spec, Operands(query, key, value, tuple(captures)))
 
 
@@ -225,29 +244,29 @@ def _prepared(case: Case) -> Callable[[], object]:
 def _measured(case: Case) -> Row:
     (query, key, value), captures = _operands(case)
     peer, ours = _runs(case, [query, key, value], captures)
-    true = _true(case, query, key, value, captures)
-    errors = [_error(run()[:1, :1], true) for run in (peer, ours)]
-    peer_ms, ours_ms = _times([peer, ours])
+    true = truth_of(case, query, key, value, captures)
+    errors = [error_of(run()[:1, :1], true) for run in (peer, ours)]
+    peer_ms, ours_ms = times_of([peer, ours])
     peer_speed, our_speed = (case.flops / ms / 1e9 for ms in (peer_ms, ours_ms))
     name, ratio = f"{case.name} {case.shape}", peer_ms / ours_ms
     return Row(name, case.peer, peer_ms, ours_ms, peer_speed, our_speed, ratio, case.target, errors[0], errors[1])
 
 
-def _times(runs: Sequence[Callable[[], object]]) -> list[float]:
+def times_of(runs: Sequence[Callable[[], object]]) -> list[float]:
     from triton.testing import do_bench  # noqa: PLC0415
 
     rounds = [[do_bench(run, warmup=WARMUP, rep=REPEAT, return_mode="median") for run in runs] for _ in range(ROUNDS)]
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
-def _true(case: Case, query: Tensor, key: Tensor, value: Tensor, captures: list[Tensor]) -> Tensor:
+def truth_of(case: Case, query: Tensor, key: Tensor, value: Tensor, captures: list[Tensor]) -> Tensor:
     """The first head of the first batch, in float64."""
     first_query, first_key, first_value = (x[:1, :1].double() for x in (query, key, value))
     cut = tuple(x[:1, :1].double() if x.is_floating_point() else x[:1, :1] for x in captures)
     return attention(case.spec, Operands(first_query, first_key, first_value, cut))[0]
 
 
-def _error(found: Tensor, true: Tensor) -> float:
+def error_of(found: Tensor, true: Tensor) -> float:
     return float((found.double() - true).norm() / true.norm())
 
 

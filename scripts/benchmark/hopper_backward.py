@@ -18,7 +18,7 @@ from attnfuse.kernels import Residual, lookup
 from attnfuse.operands import Operands
 from attnfuse.reference import attention
 from benchmark.ahead import Prepare
-from benchmark.hopper import CASES, Case, Row, _captures, _cudnn, _error, _flex, _times, chosen
+from benchmark.hopper import CASES, Case, Row, by_cudnn, by_flex, captures_of, chosen, error_of, times_of
 
 __all__ = ["backward_rows", "backward_to_compile"]
 
@@ -85,7 +85,7 @@ def _training(case: Case) -> Training:
     torch.manual_seed(0)
     torch.compiler.reset()
     operands = [torch.randn(case.shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-    captures = [x.requires_grad_(case.name in LEARNED) for x in _captures(case, "cuda")]
+    captures = [x.requires_grad_(case.name in LEARNED) for x in captures_of(case, "cuda")]
     query, key, value = (x.requires_grad_() for x in operands[:3])
     return Training(query, key, value, captures, operands[3])
 
@@ -101,7 +101,7 @@ def _measured(case: Case) -> Row:
     peer, ours = _peer(case, training), _ours(case, training)
     true = _true(case, training.head())
     errors = [_largest(run(), true) for run in (peer, ours)]
-    peer_ms, ours_ms = _times([peer, ours])
+    peer_ms, ours_ms = times_of([peer, ours])
     flops = PRODUCTS * case.flops
     return Row(
         f"{case.name}, backward {case.shape}", case.peer, peer_ms, ours_ms, flops / peer_ms / 1e9,
@@ -111,7 +111,7 @@ def _measured(case: Case) -> Row:
 
 def _peer(case: Case, given: Training) -> Callable[[], Grads]:
     operands = (given.query, given.key, given.value)
-    run = _cudnn(case, *operands) if case.peer == "cudnn" else _flex(case, *operands, given.captures)
+    run = by_cudnn(case, *operands) if case.peer == "cudnn" else by_flex(case, *operands, given.captures)
     out = run()
     return lambda: torch.autograd.grad(out, given.leaves, given.grad, retain_graph=True)
 
@@ -136,4 +136,4 @@ def _true(case: Case, head: Training) -> Grads:
 
 def _largest(found: Grads, true: Grads) -> float:
     """Of query, key and value: a capture's gradient sums heads and batches."""
-    return max(_error(x[:1, :1], want) for x, want in zip(found, true, strict=False))
+    return max(error_of(x[:1, :1], want) for x, want in zip(found, true, strict=False))
