@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 import sympy
 
-__all__ = ["Axis", "Index", "Minor", "Size", "Space", "Unreadable", "product", "same_size"]
+__all__ = ["Axis", "Index", "Minor", "Size", "Space", "Unreadable", "divided", "product", "same_size"]
 
 Size: TypeAlias = int | sympy.Expr
 

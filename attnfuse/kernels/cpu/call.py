@@ -18,7 +18,7 @@ from attnfuse.reference import Scope, Span, compute_dtype, is_float8, seed_of
 from attnfuse.score import Apply, Capture, Const, Expr, P, S, Score, rewrite, walk
 from attnfuse.spec import AttentionSpec
 
-__all__ = ["Call"]
+__all__ = ["Call", "scaled"]
 
 #: Bytes of a vector register: rows of any other length take a tenth longer, those of half types half as long again.
 VECTOR = 64

@@ -16,7 +16,7 @@ from attnfuse.kernels.cpu.chain import Chain
 from attnfuse.reference import evaluate, out_dtype
 from attnfuse.score import P
 
-__all__ = ["Forward", "logits", "weighed", "weights_"]
+__all__ = ["WORKSPACE", "Forward", "logits", "scores", "weighed", "weights_"]
 
 
 class Workspace(threading.local):

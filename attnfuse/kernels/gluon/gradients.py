@@ -13,11 +13,10 @@ from torch import Tensor
 from attnfuse.kernels.gluon.backward import WARPS
 from attnfuse.kernels.gluon.backward_plan import BackwardPlan, backward_planned, layout_of, padded
 from attnfuse.kernels.gluon.finish import finish
-from attnfuse.kernels.gluon.launch import Descriptor
+from attnfuse.kernels.gluon.launch import Descriptor, loadable
 from attnfuse.kernels.triton.differentiating import Launches, launches_of
 from attnfuse.kernels.triton.gradients import Gradients, Sums
 from attnfuse.kernels.triton.launch import on_device
-from attnfuse.kernels.triton.memory import memory_of
 
 __all__ = ["HopperGradients"]
 
@@ -45,7 +44,7 @@ class HopperGradients(Gradients):
     def _of_operands(self, sums: Sums) -> tuple[list[Tensor | None], tuple[int, Tensor] | None]:
         """The gradients of query, key and value; and of the panel, where it is that of the scores."""
         originals = self.operands.qkv
-        read = [_loadable(_four(x)) for x in (*originals, self.grad_out)]
+        read = [loadable(_four(x)) for x in (*originals, self.grad_out)]
         plan = backward_planned(self, read)
         query, key, value = map(_room, read[:3])
         # blocks add to it
@@ -110,13 +109,6 @@ def _finish(plan: BackwardPlan, added: Tensor, target: Tensor) -> None:
 
 def _four(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 4 else tensor[None]
-
-
-def _loadable(tensor: Tensor) -> Tensor:
-    """The tensor as TMA can load it; a copy only where it cannot."""
-    if memory_of(tensor).describable("d", tensor.shape[:-3]):
-        return tensor
-    return tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
 
 
 def _padded(sums: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from attnfuse.operands import Operands
 from attnfuse.reference import is_float8, out_dtype
 from attnfuse.spec import AttentionSpec
 
-__all__ = ["forward"]
+__all__ = ["Descriptor", "forward", "loadable"]
 
 
 def forward(
@@ -27,7 +27,7 @@ def forward(
 
     ``meta`` overrides the tuned choices, for measurements.
     """
-    query, key, value = _loadable(operands.query), *loadable_keys(operands.key, operands.value)
+    query, key, value = loadable(operands.query), *loadable_keys(operands.key, operands.value)
     captures = [x if x.data_ptr() % 16 == 0 else x.clone() for x in operands.captures]
     batch, heads, rows, _ = query.shape
     dtype = out_dtype(spec, value.dtype)
@@ -81,7 +81,7 @@ def _zero(device: int, *, wait: bool = False) -> Tensor:
 def loadable_keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Key and value as TMA can load them: of float8 keys in whole fours, and value with its columns contiguous."""
     if not is_float8(key.dtype):
-        return _loadable(key), _loadable(value)
+        return loadable(key), loadable(value)
     *batch, keys, width = key.shape
     if keys % 4:
         # what is beyond the last key is masked, whatever it is
@@ -89,10 +89,10 @@ def loadable_keys(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     if not _is_loadable(value.mT):
         room = value.new_empty((*batch, value.shape[-1], -(-keys // 16) * 16))
         value = room.narrow(-1, 0, keys).copy_(value.mT).mT
-    return _loadable(key), value
+    return loadable(key), value
 
 
-def _loadable(tensor: Tensor) -> Tensor:
+def loadable(tensor: Tensor) -> Tensor:
     """The tensor as TMA can load it: aligned to 16 bytes along every dimension; a copy only where it is not."""
     if _is_loadable(tensor):
         return tensor

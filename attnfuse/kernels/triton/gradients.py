@@ -26,7 +26,7 @@ from attnfuse.score import Capture
 from attnfuse.spec import AttentionSpec
 from attnfuse.target import Target
 
-__all__ = ["Gradients"]
+__all__ = ["Gradients", "Sums"]
 
 
 @dataclass(frozen=True)
