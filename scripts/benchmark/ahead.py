@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from benchmark.failures import reason_of
+
 __all__ = ["Prepare", "compile_ahead"]
 
 #: Makes inputs and the call that is timed, or None; it travels to another process.
@@ -46,5 +48,5 @@ def _run_once(name: str, prepare: Prepare) -> str:
             call()
             torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001 - it is returned
-        return f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return f"{name}: {reason_of(error)}"
     return ""

@@ -10,7 +10,12 @@ import torch
 
 from benchmark.clock import Call, graphed
 
-__all__ = ["all_graphed", "give_back", "noted"]
+__all__ = ["all_graphed", "give_back", "noted", "reason_of"]
+
+
+def reason_of(error: Exception) -> str:
+    """What failed, in a line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 @contextmanager
@@ -19,7 +24,7 @@ def noted(absent: dict[str, str], name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - see above
-        absent[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        absent[name] = reason_of(error)
     if name in absent:
         gc.collect()
 

@@ -18,6 +18,7 @@ from torch.utils.benchmark import Timer
 import attnfuse
 from benchmark.byhand import Tensors
 from benchmark.cases import Case
+from benchmark.failures import reason_of
 from benchmark.peers import OURS, PEERS, Call
 
 __all__ = ["Effort", "Figure", "Row", "measure", "peak_bytes"]
@@ -98,7 +99,7 @@ def _prepared(case: Case, given: Tensors) -> tuple[dict[str, Call], dict[str, st
                 call()
             calls[name] = call
         except Exception as error:  # noqa: BLE001 - a peer's failure is a result, and is printed as one
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            absent[name] = reason_of(error)
     return calls, absent
 
 

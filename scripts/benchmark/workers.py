@@ -9,6 +9,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+from benchmark.failures import reason_of
+
 __all__ = ["Absent", "Answers", "Worker", "ready"]
 
 #: What a process can be asked, by name.
@@ -91,7 +93,7 @@ def _serve(pipe: Connection, make: Callable[[], Answers]) -> None:
         try:
             pipe.send(("", answers[question](*args)))
         except Exception as error:  # noqa: BLE001 - it is handed on
-            pipe.send((f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", None))
+            pipe.send((reason_of(error), None))
         try:
             question, args = pipe.recv()
         except EOFError:
