@@ -19,6 +19,7 @@ __all__ = ["Decoder", "run"]
 
 WIDTH, LAYERS, HEADS, KV_HEADS, HEAD_SIZE, VOCABULARY = 256, 2, 8, 2, 32, 512
 LENGTH = 2048
+_LENGTHS = Dim.AUTO(min=2, max=2 * LENGTH)
 
 
 class Attention(nn.Module):
@@ -119,9 +120,6 @@ def run() -> None:
         ("gain", f"{before / after:.1f}x"),
     )
     show_rows((f"{torch.get_num_threads()} threads", "one run"), rows)
-
-
-_LENGTHS = Dim.AUTO(min=2, max=2 * LENGTH)
 
 
 def _seconds(module: Callable[[Tensor], Tensor], tokens: Tensor, runs: int = 3) -> float:
