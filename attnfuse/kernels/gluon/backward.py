@@ -18,17 +18,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from attnfuse.kernels.gluon import copies
 
 #: Warps of both consumers together.
 WARPS = gl.constexpr(8)
@@ -110,13 +109,6 @@ class Span(NamedTuple):
     whole_stop: Any
     stop: Any
     entries: Any
-
-
-@builtin
-def async_add_shared_to_global(tensor_desc, coord, src, _semantic=None):
-    """As ``tma.async_copy_shared_to_global``, added to what is there: Gluon has no function for it up to 3.7."""
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
 
 # --- which tile is which ----------------------------------------------------------------------------
@@ -308,13 +300,13 @@ def expect(tiles, place, MORE: gl.constexpr):
 @gluon.jit
 def copy(tiles, full, place, batch, head, row, column):
     """Asks for a tile. What lies beyond the tensor is zero."""
-    tma.async_copy_global_to_shared(tiles.desc, [batch, head, row, column], full.index(place), tiles.room.index(place))
+    copies.load(tiles.desc, [batch, head, row, column], full.index(place), tiles.room.index(place))
 
 
 @gluon.jit
 def copy_vector(vectors, full, place, first):
     """Asks for a number of each row. What lies beyond the last row is another head's."""
-    tma.async_copy_global_to_shared(vectors.desc, [first], full.index(place), vectors.room.index(place))
+    copies.load(vectors.desc, [first], full.index(place), vectors.room.index(place))
 
 
 # --- what leaves ------------------------------------------------------------------------------------
@@ -338,12 +330,12 @@ def add(dq, q, ds, coming, lists, sizes, meta: gl.constexpr):
             where = [batch if meta.panel_batch else 0, head if meta.panel_head else 0, tile * meta.block_m,
                      key_tile * meta.block_n]  # fmt: skip
             if meta.panel_added:
-                async_add_shared_to_global(ds.desc, where, ds.room.index(0))
+                copies.add(ds.desc, where, ds.room.index(0))
             else:
-                tma.async_copy_shared_to_global(ds.desc, where, ds.room.index(0))
+                copies.store(ds.desc, where, ds.room.index(0))
         place = (flat * gl.cdiv(sizes.rows, meta.block_m) + tile) * dq.desc.block_type.shape[0]
-        async_add_shared_to_global(dq.desc, [place, 0], dq.room.index(0))
-        tma.store_wait(0)
+        copies.add(dq.desc, [place, 0], dq.room.index(0))
+        copies.wait(0)
         mbarrier.arrive(dq.empty.index(0), count=1)
 
 
@@ -377,7 +369,7 @@ def store(desc, room, found, pair, first, sizes):
     room.reshape([found.shape[0], found.shape[1]]).store(found.to(desc.dtype))
     fence_async_shared()
     kv_heads = sizes.heads // sizes.group
-    tma.async_copy_shared_to_global(desc, [pair // kv_heads, pair % kv_heads, first, 0], room)
+    copies.store(desc, [pair // kv_heads, pair % kv_heads, first, 0], room)
 
 
 # --- one tile of scores, [keys, rows] ---------------------------------------------------------------
@@ -619,7 +611,7 @@ def consume(
         dv, dk, p_second, dx_half = warpgroup_mma_wait(0, deps=[dv, dk, p_second, dx_half])
     store(dv_desc, v.room.index(0), dv, pair, first, sizes)
     store(dk_desc, k.room.index(0), dk * sizes.factor, pair, first, sizes)
-    tma.store_wait(0)
+    copies.wait(0)
 
 
 # --- kernel -----------------------------------------------------------------------------------------

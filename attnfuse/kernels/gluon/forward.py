@@ -20,10 +20,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from attnfuse.kernels.gluon import copies
 
 #: Query rows of one consumer: those of one wgmma.
 ROWS = gl.constexpr(64)
@@ -279,9 +280,7 @@ def fetch(tiles, place, parity, batch, head, row, column):
     """Asks for a tile once its room is free. What lies beyond the tensor is zero."""
     mbarrier.wait(tiles.empty.index(place), parity ^ 1)
     mbarrier.expect(tiles.full.index(place), tiles.desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(
-        tiles.desc, [batch, head, row, column], tiles.full.index(place), tiles.room.index(place)
-    )
+    copies.load(tiles.desc, [batch, head, row, column], tiles.full.index(place), tiles.room.index(place))
 
 
 @gluon.jit
@@ -295,7 +294,7 @@ def fetch_keys(k, place, parity, batch, head, key, meta: gl.constexpr):
         mbarrier.wait(k.empty.index(place), parity ^ 1)
         mbarrier.expect(k.full.index(place), PARTS * k.desc.block_type.nbytes)
         for part in gl.static_range(PARTS):
-            tma.async_copy_global_to_shared(
+            copies.load(
                 k.desc, [batch, head, key // 4, part % 2 * 2, part // 2 * 128], k.full.index(place),
                 k.room.index(place * PARTS + part),
             )  # fmt: skip
@@ -774,14 +773,14 @@ def store(o, top, total, room, out, first, rows, sizes, tensors, programs: gl.co
     """Rows divided by their totals, to memory by TMA; the copy may still read ``room`` on return."""
     if meta.partial_sums:
         total = gl.convert_layout(gl.sum(total, 1), rows.index.type.layout)
-    tma.store_wait(0)
+    copies.wait(0)
     by = 1.0 / total
     if programs.factor is not None:
         by = by * of_rows(programs.factor, rows, sizes, tensors)
     room.reshape([ROWS, meta.value_block]).store(shrunk(o, by).to(out.desc.dtype))
     fence_async_shared()
     batch, head = rows.batch[0], rows.head
-    tma.async_copy_shared_to_global(out.desc, [batch.to(gl.int32), head.to(gl.int32), first, 0], room)
+    copies.store(out.desc, [batch.to(gl.int32), head.to(gl.int32), first, 0], room)
     if meta.lse:
         natural = top * (sizes.scale * LN_2) + (gl.log2(total) - meta.headroom) * LN_2
         gl.store(
@@ -826,11 +825,11 @@ def consume(
         room = out.room.index(place if meta.shared_out else which)
         store(o, top, total, room, out, first + which * ROWS, rows, sizes, tensors, programs, meta)
         if meta.shared_out:
-            tma.store_wait(0)
+            copies.wait(0)
             mbarrier.arrive(q.empty.index(place), count=1)
         item = announced(turn, coming) if meta.persistent else item * 0 - 1
         turn += 1
-    tma.store_wait(0)
+    copies.wait(0)
 
 
 # --- kernel -----------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def declined(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> 
         (max(widths) > WIDEST_BACKWARD, f"it has heads of {WIDEST_BACKWARD} at most, not {max(widths)}"),
         (tuple(query[:-3]) != tuple(key[:-3]), "its key and value have a batch of their own"),
         (pairs * query[-2] >= 2**31, "it counts rows in 31 bits"),
-        (_cannot_add(), "this Triton's Gluon does not let the copy engine add; 3.6 and 3.7 do"),
+        (_cannot_add(), "this Triton's Gluon does not let the copy engine add; 3.6 to 3.9 do"),
     ]
     return tuple(reason for holds, reason in reasons if holds)
 
@@ -137,12 +137,12 @@ def _elsewhere(target: Target) -> tuple[str, ...]:
     return _missing()
 
 
-#: Modules of Gluon, and the names in them that the body calls; 3.6 and 3.7 have them.
+#: Modules of Gluon, and the names in them that the bodies call; where one has another from some version on, both.
 _NAMES = {
     "triton.experimental.gluon.language": ("warp_specialize", "NVMMADistributedLayout", "NVMMASharedLayout"),
     "triton.experimental.gluon.language.nvidia.hopper": ("warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared"),
     "triton.experimental.gluon.language.nvidia.hopper.tma": (
-        "async_copy_global_to_shared", "async_copy_shared_to_global", "store_wait",
+        "async_copy_global_to_shared|async_load", "async_copy_shared_to_global|async_store", "store_wait",
     ),
     "triton.experimental.gluon.language.nvidia.hopper.mbarrier": ("expect", "arrive", "wait", "init"),
 }  # fmt: skip
@@ -155,8 +155,10 @@ def _missing() -> tuple[str, ...]:
             module = import_module(name)
         except ImportError as error:
             return (f"Triton with Gluon is not installed ({error})",)
-        if lacking := [each for each in wanted if not hasattr(module, each)]:
-            return (f"this Triton's Gluon has no {', '.join(lacking)} in {name}; 3.6 and 3.7 have",)
+        lacking = [each for each in wanted if not any(hasattr(module, other) for other in each.split("|"))]
+        if lacking:
+            names = ", ".join(each.replace("|", " or ") for each in lacking)
+            return (f"this Triton's Gluon has no {names} in {name}; 3.6 to 3.9 have",)
     return ()
 
 

@@ -183,14 +183,10 @@ def spoken(module: ModuleType, gl: SimpleNamespace, *changes: tuple[str, str]) -
             init=copies.init, wait=copies.wait, MBarrierLayout=lambda: "barriers", expect=copies.expect,
             arrive=copies.arrive,
         ),
-        "tma": SimpleNamespace(
-            async_copy_global_to_shared=copies.read, async_copy_shared_to_global=copies.write,
-            store_wait=copies.store_wait,
-        ),
     }  # fmt: skip
     exec(_compiled(module, changes), names)
-    # of which Gluon has no function that could be replaced above
-    names["async_add_shared_to_global"] = copies.add
+    # what the module imports of ours is Gluon's
+    names["copies"] = SimpleNamespace(load=copies.read, store=copies.write, add=copies.add, wait=copies.store_wait)
     return names
 
 

@@ -206,8 +206,8 @@ BROKEN = {
          "    dq.room.index(0).store(ordered)\n    mbarrier.wait(dq.empty.index(0), (step & 1) ^ 1)\n"),
     )),
     "dQ's room free before it has left": Broken((CONSUME, PRODUCE, ADD), ERROR, (
-        ("        tma.store_wait(0)\n        mbarrier.arrive(dq.empty.index(0), count=1)\n",
-         "        mbarrier.arrive(dq.empty.index(0), count=1)\n        tma.store_wait(0)\n"),
+        ("        copies.wait(0)\n        mbarrier.arrive(dq.empty.index(0), count=1)\n",
+         "        mbarrier.arrive(dq.empty.index(0), count=1)\n        copies.wait(0)\n"),
     )),
     "the bias's gradient overwritten": Broken((CONSUME, PRODUCE, ADD), ERROR, (
         ("            mbarrier.wait(dq.empty.index(0), (step & 1) ^ 1)\n        ds_room",

@@ -1,0 +1,28 @@
+"""The copy engine's instructions, by one name each: Gluon's own are others from Triton 3.8 on.
+
+They are looked up as strings are: a name that 3.9 still has, to say that it was removed, is not the one that is called.
+"""
+
+from __future__ import annotations
+
+from triton._C.libtriton import ir
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+__all__ = ["add", "load", "store", "wait"]
+
+
+@builtin
+def _reduce_add(tensor_desc, coord, src, _semantic=None):
+    """Gluon has no function for it up to 3.7."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+#: A tile from memory, by a descriptor and coordinates: barrier, room.
+load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+#: A tile to memory, by a descriptor and coordinates: room. And the same, added to what is there.
+store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _reduce_add
+#: Waits until all but so many of them have been read from shared memory.
+wait = tma.store_wait
