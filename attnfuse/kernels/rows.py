@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from attnfuse.features import Causal, Feature, Window, mask_features
 from attnfuse.form import ABSORBING, Mask, form_of, masked_by
-from attnfuse.score import Apply, Capture, Const, Expr, Index, Symbol, walk
+from attnfuse.score import Apply, Capture, Const, Expr, Index, S, Symbol, parted, walk
 from attnfuse.spec import AttentionSpec, Captured
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
 
 #: A fill at or below this masks; a higher one is taken for a score.
 FILL = -1e4
+#: Some summands above this do not reach a fill that :data:`attnfuse.form.ABSORBING` names.
+LOW = -1e20
 #: ``exp(-MARGIN)`` is zero, in float64 too.
 MARGIN = 1000.0
 
@@ -87,7 +89,11 @@ def band_of(spec: AttentionSpec, symbols: tuple[int, ...] = ()) -> Band:
     mask = masked_by(spec)
     if mask is None:
         return Band(exact=form_of(spec.score) is not None or spec.normaliser == "none")
-    found = mask_features(mask, spec.captures)
+    return _band(mask, spec.captures, symbols)
+
+
+def _band(mask: Mask, captures: tuple[Captured, ...], symbols: tuple[int, ...]) -> Band:
+    found = mask_features(mask, captures)
     edges = [(type(f), _number(f.offset, symbols)) for f in found if _is_edge(f) and isinstance(f, (Causal, Window))]
     left = [offset for edge, offset in edges if edge is Window and offset is not None]
     right = [offset for edge, offset in edges if edge is Causal and offset is not None]
@@ -137,21 +143,51 @@ def skips_surely(
 
 
 def rows_kept(spec: AttentionSpec, rows: int, keys: int, symbols: Sequence[int] = ()) -> bool:
-    """Whether every query row is proven to have a finite logit, for finite scores.
+    """Whether every query row is proven to have a logit that no mask has made, for finite scores.
 
-    Proven for masks that are a band, without captured biases (which may hold -inf) but for slopes, times the distance
-    of row and key: that is zero or NaN where they meet. A band's width is concave in the row, so its first and last row
-    decide. Symbolic sizes count at the values given. Without a softmax no row needs a key.
+    Proven for masks that are a band, those among the biases included, without captured biases (which may hold -inf) but
+    for slopes, times the distance of row and key: that is zero or NaN where they meet. A band's width is concave in the
+    row, so its first and last row decide. Symbolic sizes count at the values given. Without a softmax no row needs a
+    key.
     """
     if spec.normaliser == "none":
         return True
-    form, band = form_of(spec.score), band_of(spec, tuple(symbols))
-    if form is None or not band.exact or keys == 0 or _captured(form.scale):
+    form = form_of(spec.score)
+    if form is None or keys == 0 or _captured(form.scale):
         return False
-    captured = [bias for bias in form.bias if _captured(bias)]
-    if captured and not (rows <= keys and band.holds_diagonal and all(map(_vanishes, captured))):
+    masks = [each for each in map(_mask_of, form.bias) if each is not None]
+    keep = (*form.keep, *(conjunct for mask in masks for conjunct in mask.keep))
+    band = _band(Mask(keep, form.fill, S), spec.captures, tuple(symbols))
+    if not band.exact:
+        return False
+    low = [bias for bias in form.bias if _mask_of(bias) is None and _may_be_low(bias)]
+    if low and not (rows <= keys and band.holds_diagonal and all(map(_vanishes, low))):
         return False
     return all(_width(band, row, keys) > 0 for row in (0, rows - 1)) if rows else True
+
+
+def _mask_of(bias: Expr) -> Mask | None:
+    """The mask that a summand is; None where it is none."""
+    match bias:
+        case Apply("where", (keep, Const(0.0), Const(fill))) if fill <= LOW:
+            return Mask(tuple(parted("and", keep)), float(fill), S)
+    return None
+
+
+def _may_be_low(bias: Expr) -> bool:
+    """Whether a summand may be as low as what masks: it is captured, has such a number, or a pole."""
+    return any(map(_is_boundless, walk(bias)))
+
+
+def _is_boundless(part: Expr) -> bool:
+    match part:
+        case Capture() | Apply("log" | "log1p" | "reciprocal" | "rsqrt"):
+            return True
+        case Const(value):
+            return not abs(value) < -LOW
+        case Apply("div", (_, divisor)):
+            return not isinstance(divisor, Const) or divisor.value == 0
+    return False
 
 
 def _width(band: Band, row: int, keys: int) -> int:

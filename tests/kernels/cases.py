@@ -58,6 +58,7 @@ SPECS = {
     "padding and causal, finite fill": spec(f"where((n <= m) & t0, 0.3 * s, {MIN})", "bool[b0,n]"),
     "documents": spec("where(t0 == t1, 0.3 * s, -inf)", "int64[b0,m]", "int64[b0,n]"),
     "prefix": spec("where((n <= m) | (n < 7), 0.3 * s, -inf)"),
+    "causal, first keys as low as its fill": spec(f"where(n <= m, 0.3 * s + where(n >= 7, 0.0, {MIN}), {MIN})"),
     "a number added": spec("0.3 * s + -2.0"),
     "bias": spec("0.3 * s + t0", "float32[h,m,n]"),
     "bias of everything": spec("0.3 * s + t0", "float32[b0,h,m,n]"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from attnfuse.kernels.rows import Band, band_of, rows_kept
 from attnfuse.score import parse
 from attnfuse.spec import AttentionSpec, Captured
-from tests.kernels.cases import SPECS
+from tests.kernels.cases import MIN, SPECS
 
 EDGES = st.none() | st.integers(-9, 9)
 LENGTHS = st.integers(1, 12)
@@ -94,3 +94,24 @@ def test_slopes_leave_every_row_the_key_it_meets(bias: str, mask: str, rows: int
     score = parse(SLOPES.format(bias=bias, mask=mask))
     spec = AttentionSpec(score, captures=(Captured(("h",), "float32"),))
     assert rows_kept(spec, rows, 5) == kept
+
+
+@pytest.mark.parametrize(
+    ("score", "kept"),
+    [
+        # the first rows keep nothing but keys as low as the fill
+        (f"where(n <= m, s + where(n >= 7, 0.0, {MIN}), {MIN})", False),
+        (f"s + where(n >= 7, 0.0, {MIN}) + where(n <= m, 0.0, {MIN})", False),
+        ("where(n <= m, s + where(n >= 7, 0.0, -inf), -inf)", False),
+        (f"where(n <= m, s + where(n >= 7, -2.0, {MIN}), {MIN})", False),
+        ("where(n <= m, s + log(float(n)), -inf)", False),
+        # a mask among the summands is an edge of the band like any other
+        (f"s + where(n >= m - 3, 0.0, {MIN}) + where(n <= m, 0.0, {MIN})", True),
+        (f"s + where(n >= m + 1, 0.0, {MIN}) + where(n <= m, 0.0, {MIN})", False),
+        # these are low, but no number that masks
+        ("where(n <= m, s + where(n >= 7, 0.0, -1e9), -inf)", True),
+        ("where(n <= m, s + -0.5 ** (h + 1) * n / 4.0, -inf)", True),
+    ],
+)
+def test_a_summand_that_is_not_captured_may_mask_too(score: str, kept: bool) -> None:
+    assert rows_kept(AttentionSpec(parse(score)), 20, 20) == kept
