@@ -128,7 +128,8 @@ def _target(gm: GraphModule, options: Options) -> Target:
 
 def _lift(state: State) -> State:
     captured = state.captured
-    found = lift(captured.aten, Given(captured.is_given, captured.is_parameter, Constants(captured.constant)))
+    constants = Constants(captured.constant)
+    found = lift(captured.aten, Given(captured.is_given, captured.is_parameter, constants, captured.differentiated))
     return replace(state, items=tuple(_homed(item, captured) for item in found))
 
 

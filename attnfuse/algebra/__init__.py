@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
 
-from attnfuse.algebra.kinds import Kind, Kinds, Rule, kind
+from attnfuse.algebra.kinds import Kind, Kinds, Rule, differentiated, kind
 from attnfuse.algebra.masks import MASK_RULES
 from attnfuse.algebra.numbers import NUMBER_RULES, named_softcap
 from attnfuse.algebra.ranges import Bounds, bounds_of
 from attnfuse.algebra.weights import WEIGHT_RULES
 from attnfuse.score import Apply, Expr, rewrite
 
-__all__ = ["RULES", "WEIGHT_RULES", "Bounds", "Kind", "Kinds", "Rule", "bounds_of", "kind", "normalise"]
+__all__ = [
+    "RULES", "WEIGHT_RULES", "Bounds", "Kind", "Kinds", "Rule", "bounds_of", "differentiated", "kind", "normalise",
+]  # fmt: skip
 
 #: Every rule, in the order they are tried.
 RULES: tuple[Rule, ...] = (*NUMBER_RULES, *MASK_RULES)

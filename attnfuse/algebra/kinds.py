@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from attnfuse.score import Apply, Capture, Const, Expr, Index, Symbol
 
-__all__ = ["COMPARISONS", "LOGIC", "Kind", "Kinds", "Rule", "kind"]
+__all__ = ["COMPARISONS", "LOGIC", "Kind", "Kinds", "Rule", "differentiated", "kind"]
 
 #: "bool", "int" or "float".
 Kind = str
@@ -44,3 +44,16 @@ def kind(expr: Expr, kinds: Kinds) -> Kind:
 
 def _widest(*kinds: Kind) -> Kind:
     return max(kinds, key=("bool", "int", "float").index)
+
+
+def differentiated(expr: Expr) -> Iterator[Capture]:
+    """The captures that a gradient of the program's value flows back to: not those that it only compares."""
+    match expr:
+        case Capture():
+            yield expr
+        case Apply("where", (_, *values)):
+            for value in values:
+                yield from differentiated(value)
+        case Apply(op, args) if op not in LOGIC:
+            for arg in args:
+                yield from differentiated(arg)

@@ -71,6 +71,27 @@ class Captured:
         home = node if self.is_aten else self.home.get(node, node)
         return facts.is_parameter(home) or (home.op == "placeholder" and home.name in self.state.parameters)
 
+    @cached_property
+    def differentiated(self) -> frozenset[Node]:
+        """The nodes of ``aten`` that a gradient flows back from.
+
+        Dynamo's values know it, of calls and of what they are made of under ``no_grad``; of other nodes all do that are
+        made of such and not detached.
+        """
+        found: set[Node] = set()
+        for node in self.aten.nodes:
+            home = self.home.get(node)
+            if home is None and self.is_aten and node.op in ("placeholder", "get_attr"):
+                home = node
+            known = None if home is None else facts.value(home)
+            if isinstance(known, Tensor):
+                flows = known.requires_grad
+            else:
+                flows = facts.op_name(node) != "detach" and not found.isdisjoint(node.all_input_nodes)
+            if flows:
+                found.add(node)
+        return frozenset(found)
+
     def constant(self, node: Node) -> Tensor | None:
         """The value that a node of ``aten`` has for good; None where it may have another."""
         if node.op == "placeholder":

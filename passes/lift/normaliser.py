@@ -86,16 +86,17 @@ def _unshifted(reader: Reader, logit: Expr, dim: int, place: Place) -> Expr:
 
     Only a multiple of the logits' own maximum is dropped, as in ``x - max(x)`` or ``c * (x / c - max(x / c))``.
     It is finite wherever any result is, and where it is not, the shifted row and the unshifted one are NaN alike.
+    Whether it has a gradient is all the same, since that is zero.
     """
     row = reader.final((*place[:dim], Index(), *place[dim + 1 :]))
     for part in {part for part in walk(logit) if isinstance(part, Capture)}:
         atom = reader.atoms[part.slot]
         factor = _factor(logit, part) if _is_row(atom, reader, "max", dim, row) else None
         if factor is not None and factor < 0 and isinstance(atom, Reduced):
-            own = apply("mul", Const(-factor), reader.read(atom.operand, place))
-            plain = rewrite(logit, partial(_dropped, part))
-            if _same(reader, own, plain):
-                return own
+            plain = reader.normal(rewrite(logit, partial(_dropped, part)))
+            found = (each.read(atom.operand, place) for each in (reader, reader.of_values()))
+            if any(_same(reader, apply("mul", Const(-factor), own), plain) for own in found):
+                return plain
     return logit
 
 

@@ -6,6 +6,8 @@ not vary along what is summed, is a factor of the product, and to widen a float8
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from torch.fx import Node
 
 from attnfuse.algebra import normalise
@@ -139,7 +141,8 @@ def _followed(seen: Reader, reader: Reader, node: Node, place: Place) -> Operand
     factor = normalise(rewrite(found, lambda e: Const(1.0) if e == Capture(slot) else e), reader.kind_of)
     # past a scaling, the nodes nearer to the contraction hold scaled values, and past a cast wider ones
     same = facts.dtype(source.node) if factor == Const(1.0) else None
-    seen_views = [Leaf(n, p) for n, p in seen.trail if facts.dtype(n) == same and n is not source.node]
+    above = takewhile(lambda read: read[0] is not source.node, seen.trail)
+    seen_views = [Leaf(n, p) for n, p in above if facts.dtype(n) == same]
     return Operand(factor, (*filter(reader.is_plain, seen_views), source))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
+from dataclasses import replace
 from functools import partial, reduce
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from attnfuse.graph import facts
 from attnfuse.graph.order import Order
 from attnfuse.passes.lift.atoms import Atom, Dot, Dropped, Leaf, Place, Reduced, Softmax
 from attnfuse.passes.lift.constant import Constants
+from attnfuse.passes.lift.gradient import is_cut_off
 from attnfuse.score import Apply, Capture, Const, Expr, Symbol, apply, rewrite, walk
 from attnfuse.score import Index as Variable
 
@@ -63,13 +65,14 @@ class Reader:
         is_given: Callable[[Node], bool] = lambda node: True,
         constants: Constants | None = None,
         opaque: frozenset[Node] = frozenset(),
+        flows: frozenset[Node] = frozenset(),
         *,
         narrow: bool = True,
     ) -> None:
         """``is_given`` says which nodes' values a fused node could be handed; only those can be leaves.
 
-        Nodes in ``opaque`` are leaves whatever rules there are. With ``narrow`` operands that are dequantised are seen
-        as the float8 tensors they were.
+        Nodes in ``opaque`` are leaves whatever rules there are, and so is what cuts off the gradient that flows back
+        from those in ``flows``. With ``narrow`` operands that are dequantised are seen as the float8 tensors they were.
         """
         self.space = Space()
         self.atoms: list[Atom] = []
@@ -78,7 +81,7 @@ class Reader:
         #: Which axis an index variable of an expression runs over.
         self.axes: dict[str, Index] = {}
         self.order = order
-        self._rules, self._is_given, self._opaque = rules, is_given, opaque
+        self._rules, self._is_given, self._opaque, self._flows = rules, is_given, opaque, flows
         self._constants = constants or Constants()
         self._slots: dict[Atom, int] = {}
         self._settled: set[Expr] = set()
@@ -107,6 +110,14 @@ class Reader:
         """The reader with all rules that this one was made from, reading what this one reads."""
         other = copy(self._unlimited or self)
         other._consumer = self._consumer
+        return other
+
+    def of_values(self) -> Reader:
+        """A reader of what is computed, gradients aside."""
+        other = copy(self)
+        # what has a gradient is what it was found to be: a product has one inner axis
+        other._memo = {read: found for read, found in self._memo.items() if read[0] in self._flows}
+        other._flows = frozenset()
         return other
 
     def inside(self, order: Order, bound: Mapping[Node, Bound], consumer: Node) -> Reader:
@@ -160,7 +171,17 @@ class Reader:
         finally:
             self._depth -= 1
             self._consumer = before
+        if is_cut_off(node, found, self.atoms, self._flows):
+            return self._stopped(node, place, found)
         return found if self._is_usable(found) else self.leaf(node, place)
+
+    def _stopped(self, node: Node, place: Place, found: Expr) -> Expr:
+        """A value whose gradient is cut off. A row's maximum stays one: where it is subtracted it has no gradient."""
+        match found:
+            case Capture(slot) if isinstance(atom := self.atoms[slot], Reduced) and atom.kind == "max":
+                return self.atom(replace(atom, node=node, result=self.final(place)))
+        self.unread[node] = "a gradient is cut off between the scores and the product with the values"
+        return self.leaf(node, place)
 
     def _constant(self, node: Node, place: Place) -> Expr | None:
         """The value of a tensor that is never changed, where it is index arithmetic."""

@@ -53,12 +53,13 @@ Found = list[Site | Refused]
 @dataclass(frozen=True)
 class Given:
     """What lift asks about a graph's nodes: whether a fused node could be handed the value of one, which are
-    parameters, and which never change.
+    parameters, which never change, and which a gradient flows back from.
     """
 
     is_given: Callable[[Node], bool] = lambda node: True
     is_parameter: Callable[[Node], bool] = facts.is_parameter
     constants: Constants = field(default_factory=Constants)
+    differentiated: frozenset[Node] = frozenset()
 
 
 def lift(graph: Graph, given: Given | None = None) -> Found:
@@ -184,7 +185,9 @@ def _attempt(
 ) -> Found:
     node, start = candidate.node, candidate.start
     try:
-        reader = Reader(_RULES, order, given.is_given, given.constants, opaque, narrow=narrow)
+        # where the result has no gradient, neither has anything that it alone is made of
+        flows = given.differentiated if node in given.differentiated else frozenset()
+        reader = Reader(_RULES, order, given.is_given, given.constants, opaque, flows, narrow=narrow)
         site = candidate.read(reader, node)
         if site is not None and narrow and site.is_narrow:
             wide = _attempt(candidate, order, given, opaque, narrow=False)

@@ -194,6 +194,10 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "models: shared_scores_of_which_one_attention_is_refused",
         "models: weights_that_are_skewed_are_refused_and_not_overlooked",
     ),
+    "a gradient that detach or no_grad cut off is let through": (
+        "gradients: a_gradient_that_is_cut_off_stays_so, what_is_cut_off_before_or_around_it_is_fused",
+        "gradients: an_exported_program_is_trained_as_its_source, nothing_is_cut_where_nothing_is_differentiated",
+    ),
     "a rewrite rule of ours is wrong": (
         "planted: the_certificate_refuses_a_planted_rule",
         "planted: whole_rows_of_a_mask_show_what_nothing_else_does",
