@@ -26,6 +26,7 @@ __all__ = [
     "is_mutating",
     "is_parameter",
     "is_tensor",
+    "is_view",
     "kind",
     "literal",
     "op_name",
@@ -158,6 +159,12 @@ def is_aten(node: Node) -> bool:
 def is_mutating(node: Node) -> bool:
     """Whether the call writes into one of its arguments."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def is_view(node: Node) -> bool:
+    """Whether the call's result has the storage of one of its arguments, as its schema says."""
+    schema = node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+    return schema is not None and any(each.alias_info is not None for each in schema.returns)
 
 
 def written(node: Node) -> Iterator[Node]:

@@ -11,22 +11,42 @@ from attnfuse.graph import facts
 
 __all__ = ["Order", "Write", "gone_with", "storage"]
 
-#: ATen operations whose result may share its input's storage.
-_ALIASING = frozenset(
+#: Operations whose result may share its input's storage, though their schemas do not say so.
+_MAY_ALIAS = frozenset(
     (
-        *("alias", "as_strided", "broadcast_to", "chunk", "contiguous", "detach", "diagonal", "expand", "expand_as"),
-        *("flatten", "getitem", "lift_fresh", "mT", "movedim", "narrow", "numpy_T", "permute", "reshape"),
-        *("select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "to", "transpose"),
-        *("type_as", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as", "reshape_as", "tensor_split"),
+        *("atleast_1d", "atleast_2d", "atleast_3d", "alpha_dropout", "dropout", "feature_alpha_dropout"),
+        *("feature_dropout", "getitem", "type_as", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"),
     )
 )
+#: Those that make a list of a list, a view of each.
+_OF_EACH = frozenset(("broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"))
+#: What a graph is given. A tensor's ``data`` is traced as an attribute.
+_GIVEN = ("placeholder", "get_attr")
 
 
 def storage(node: Node) -> Node:
-    """The node that made the storage a value lives in (or may live in)."""
-    while node.all_input_nodes and (facts.op_name(node) in _ALIASING or facts.is_mutating(node)):
-        node = node.all_input_nodes[0]
-    return node
+    """The node that made the storage a value lives in (or may live in); of inputs that share one, the first."""
+    while (source := _shared(node)) is not None:
+        node = source
+    if node.op not in _GIVEN or not facts.is_tensor(node):
+        return node
+    given = (each for op in _GIVEN for each in node.graph.find_nodes(op=op) if facts.is_tensor(each))
+    return next(each for each in given if _room(each) == _room(node))
+
+
+def _shared(node: Node) -> Node | None:
+    """The input whose storage a value has, or may have; None where it has its own."""
+    if not node.all_input_nodes:
+        return None
+    name, first = facts.op_name(node), node.all_input_nodes[0]
+    if name == "getitem" and facts.op_name(first) in _OF_EACH and isinstance(first.args[0], (list, tuple)):
+        found = first.args[0][node.args[1]]  # type: ignore[index]  # of a list by a number
+        return found if isinstance(found, Node) else None
+    return first if name in _MAY_ALIAS or facts.is_mutating(node) or facts.is_view(node) else None
+
+
+def _room(node: Node) -> int:
+    return int(facts.tensor(node).untyped_storage()._cdata)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Walk:
     def _readable(self, node: Node, dims: Dims) -> Reading:
         """What the node does, where the edited graph can be changed accordingly."""
         home, call = self.place_of(node), source_of(node)
-        if home is None or storage(node) in self._written:
+        if home is None or (self._written and storage(node) in self._written):
             return Stops()
         found = reading(node)
         operands = [self.place_of(arg) for arg in call.all_input_nodes if facts.is_tensor(arg)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import GraphModule
 
 from attnfuse import fuse_graph
 from tests.support.doors import as_module, rewritten
@@ -383,3 +384,54 @@ def test_the_precision_of_products_stays_the_user_s(door: str) -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+#: Each has the storage of what it is given, or of one of several.
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ravel": Tensor.ravel,
+    "adjoint": Tensor.adjoint,
+    "real": lambda x: x.real,
+    "data": lambda x: x.data,
+    "positive": torch.positive,
+    "at least 3-D": torch.atleast_3d,
+    "nothing dropped": partial(F.dropout, p=0.1, training=False),
+    "broadcast": lambda x: torch.broadcast_tensors(torch.ones(x.shape[-1]), x)[1],
+    "one chunk": lambda x: x.unsafe_chunk(1)[0],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_what_is_written_through_a_view(name: str) -> None:
+    """The scores were computed before it was."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        VIEWS[name](k).mul_(2)
+        return attend(scores, v)
+
+    exactly_in_place(attention, *qkv())
+
+
+def test_what_is_written_through_another_input() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> Tensor:
+        scores = q @ k.mT
+        part.mul_(2)
+        return attend(scores, v)
+
+    q, k, v = qkv()
+    exactly_in_place(attention, q, k, v, k[0])
+
+
+def exactly_in_place(attention: Callable[..., Tensor], *given: Tensor) -> None:
+    """Under Dynamo, nothing being certified or refused for want of profit: the result, and what was written."""
+
+    def backend(gm: GraphModule, inputs: list[Tensor]) -> GraphModule:
+        return fuse_graph(gm, inputs, profit=False, certify="off")
+
+    kept = [x.clone() for x in given[:3]]
+    again = (*kept, *(kept[1][0] for _ in given[3:]))
+    expected = attention(*given)
+    torch._dynamo.reset()
+    found = torch.compile(attention, backend=backend)(*again)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(kept, list(given[:3]))
