@@ -30,7 +30,7 @@ def storage(node: Node) -> Node:
         node = source
     if node.op not in _GIVEN or not facts.is_tensor(node):
         return node
-    given = (each for op in _GIVEN for each in node.graph.find_nodes(op=op) if facts.is_tensor(each))
+    given: Iterator[Node] = (each for op in _GIVEN for each in node.graph.find_nodes(op=op) if facts.is_tensor(each))
     return next(each for each in given if _room(each) == _room(node))
 
 
@@ -40,7 +40,7 @@ def _shared(node: Node) -> Node | None:
         return None
     name, first = facts.op_name(node), node.all_input_nodes[0]
     if name == "getitem" and facts.op_name(first) in _OF_EACH and isinstance(first.args[0], (list, tuple)):
-        found = first.args[0][node.args[1]]  # type: ignore[index]  # of a list by a number
+        found: object = first.args[0][node.args[1]]  # type: ignore[index]  # of a list by a number
         return found if isinstance(found, Node) else None
     return first if name in _MAY_ALIAS or facts.is_mutating(node) or facts.is_view(node) else None
 

@@ -13,7 +13,7 @@ from attnfuse.passes.lift.atoms import Dropped, Place
 from attnfuse.passes.lift.reader import Arguments, Reader, Rule
 from attnfuse.passes.lift.view import broadcast
 from attnfuse.reference import name_of
-from attnfuse.score import Apply, Capture, Const, Expr, apply, walk
+from attnfuse.score import Apply, Capture, Const, Expr, Index, apply, walk
 
 __all__ = ["CASTS", "POINTWISE", "cast", "operand"]
 
@@ -56,6 +56,33 @@ def _arithmetic(op: str) -> Rule:
         return plain(reader, node, args, place)
 
     return rule
+
+
+def _comparison(op: str) -> Rule:
+    """Half types do not have all positions: beyond the last that they count others are compared."""
+    plain = _binary(op)
+
+    def rule(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
+        for given in (args["self"], args.get("other")):
+            if isinstance(given, Node) and facts.is_tensor(given) and _are_positions(operand(reader, given, place)):
+                _refuse_uncounted(given)
+        return plain(reader, node, args, place)
+
+    return rule
+
+
+def _are_positions(expr: Expr) -> bool:
+    parts = list(walk(expr))
+    return any(isinstance(part, Index) for part in parts) and not any(isinstance(part, Capture) for part in parts)
+
+
+def _refuse_uncounted(positions: Node) -> None:
+    dtype = facts.dtype(positions)
+    if not dtype.is_floating_point or dtype.itemsize > 2:
+        return
+    counted = 2 / torch.finfo(dtype).eps
+    if not all(isinstance(size, int) and size <= counted for size in facts.shape(positions)):
+        raise Unreadable(f"positions are compared in {name_of(dtype)}, which counts to {counted:.0f}")
 
 
 def _rsub(reader: Reader, node: Node, args: Arguments, place: Place) -> Expr:
@@ -127,7 +154,7 @@ def cast(reader: Reader, expr: Expr, source: torch.dtype, target: torch.dtype) -
     if target == torch.bool:
         return apply("bool", expr)
     if not target.is_floating_point:
-        if source.is_floating_point or target.itemsize < source.itemsize:
+        if source.is_floating_point or not _holds(target, source):
             raise Unreadable(f"a cast from {source} to {target}")
         return apply("int", expr)
     if not source.is_floating_point:
@@ -135,6 +162,14 @@ def cast(reader: Reader, expr: Expr, source: torch.dtype, target: torch.dtype) -
     if torch.finfo(target).max >= torch.finfo(source).max:
         return expr
     return _narrowed(reader, expr, target)
+
+
+def _holds(target: torch.dtype, source: torch.dtype) -> bool:
+    """Whether one integer type has every number of another."""
+    if source == torch.bool:
+        return True
+    wide, narrow = torch.iinfo(target), torch.iinfo(source)
+    return wide.min <= narrow.min and wide.max >= narrow.max
 
 
 def _narrowed(reader: Reader, expr: Expr, target: torch.dtype) -> Expr:
@@ -210,7 +245,7 @@ POINTWISE: dict[str, Rule] = {
     **{name: _unary(name) for name in _UNARY_NAMES},
     **{alias: _logical(op) for op, aliases in _LOGICAL_NAMES.items() for alias in aliases},
     **{op: _arithmetic(op) for op in ("add", "sub", "mul")},
-    **{op: _binary(op) for op in ("lt", "le", "gt", "ge", "eq", "ne")},
+    **{op: _comparison(op) for op in ("lt", "le", "gt", "ge", "eq", "ne")},
     **dict.fromkeys(CASTS, _cast),
     **dict.fromkeys(("div", "true_divide", "divide"), _div),
     **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max"), _clamp),

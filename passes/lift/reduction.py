@@ -53,6 +53,8 @@ def is_product_sum(node: Node) -> bool:
 
 
 def _product_sum(reader: Reader, node: Node, product: Node, at: int, place: Place, keepdim: bool) -> Expr:
+    if any(reader.order.is_written_between(each, node) for each in (product, *product.all_input_nodes)):
+        raise Unreadable("a product that is written into, or its operands, before it is summed")
     inner = reader.space.fresh(facts.shape(product)[at])
     full = (*place[:at], inner, *place[at + (1 if keepdim else 0) :])
     left, right = product.all_input_nodes

@@ -435,3 +435,13 @@ def exactly_in_place(attention: Callable[..., Tensor], *given: Tensor) -> None:
     found = torch.compile(attention, backend=backend)(*again)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(kept, list(given[:3]))
+
+
+@pytest.mark.parametrize("written", ["key", "product"])
+def test_a_broadcast_product_that_is_written_before_it_is_summed(written: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        product = q[:, :, :, None, :] * k[:, :, None]
+        (k if written == "key" else product).mul_(2)
+        return attend(product.sum(-1), v)
+
+    exactly_in_place(attention, *qkv())

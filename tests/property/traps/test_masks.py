@@ -287,3 +287,24 @@ def test_one_number_added_to_every_score(door: str) -> None:
 
     q, k, v = qkv(batch=1)
     assert never_wrong(door, attention, q[0], k[0], v[0]).fused
+
+
+def test_positions_that_a_half_type_does_not_have(door: str) -> None:
+    """Bfloat16 counts to 256: beyond, two positions are the same number."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows, keys = (torch.arange(300, dtype=torch.bfloat16) for _ in range(2))
+        return attend((q @ k.mT).masked_fill(keys > rows[:, None], -INF), v)
+
+    q, k, v = (torch.randn(1, 1, 300, 4) for _ in range(3))
+    never_wrong(door, attention, q, k, v)
+
+
+def test_bytes_that_change_their_sign(door: str) -> None:
+    """-1 as an unsigned byte is 255."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        return attend((q @ k.mT).masked_fill(ids.to(torch.uint8) > 100, -INF), v)
+
+    q, k, v = qkv()
+    never_wrong(door, attention, q, k, v, torch.randint(-3, 3, (k.shape[-2],), dtype=torch.int8))
