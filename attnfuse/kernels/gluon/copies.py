@@ -1,6 +1,6 @@
-"""The copy engine's instructions, by one name each: Gluon's own are others from Triton 3.8 on.
+"""The copy engine's instructions and its rooms, by one name each: Gluon's own names are others from Triton 3.8 on.
 
-They are looked up as strings are: a name that 3.9 still has, to say that it was removed, is not the one that is called.
+The newer name is asked for first: 3.9 still has the older ones, to say that they were removed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from triton._C.libtriton import ir
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["add", "load", "store", "wait"]
+__all__ = ["add", "load", "room_as", "store", "wait"]
 
 
 @builtin
@@ -26,3 +26,10 @@ store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_share
 add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _reduce_add
 #: Waits until all but so many of them have been read from shared memory.
 wait = tma.store_wait
+
+
+@builtin
+def room_as(room, dtype, shape, layout, _semantic=None):
+    """Shared memory read as tiles of another shape and layout."""
+    reinterpret = room.reinterpret if hasattr(room, "reinterpret") else room._reinterpret
+    return reinterpret(dtype, shape, layout, _semantic=_semantic)

@@ -355,7 +355,7 @@ def scores(query, k, step, meta: gl.constexpr, s_layout: gl.constexpr):
     if meta.narrow:
         layout: gl.constexpr = gl.NVMMASharedLayout(k.desc.layout.swizzle_byte_width, 8)
         whole: gl.constexpr = [meta.stages, meta.block_n, meta.head_block]
-        keys = k.room._reinterpret(k.desc.dtype, whole, layout).index(place)
+        keys = copies.room_as(k.room, k.desc.dtype, whole, layout).index(place)
     else:
         keys = k.room.index(place).reshape([meta.block_n, meta.head_block])
     return warpgroup_mma(query, keys.permute([1, 0]), zero, use_acc=False, is_async=True)

@@ -186,7 +186,9 @@ def spoken(module: ModuleType, gl: SimpleNamespace, *changes: tuple[str, str]) -
     }  # fmt: skip
     exec(_compiled(module, changes), names)
     # what the module imports of ours is Gluon's
-    names["copies"] = SimpleNamespace(load=copies.read, store=copies.write, add=copies.add, wait=copies.store_wait)
+    names["copies"] = SimpleNamespace(
+        load=copies.read, store=copies.write, add=copies.add, wait=copies.store_wait, room_as=Room.read_as
+    )
     return names
 
 

@@ -129,7 +129,7 @@ class Room:
     def slice(self, start: int, length: int, dim: int) -> Room:
         return Room(self.view.narrow(dim, start, length))
 
-    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Room:
+    def read_as(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Room:
         return Room(self.view.view(-1).view(dtype).view(shape))
 
     def load(self, layout: object) -> Any:
