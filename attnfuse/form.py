@@ -133,9 +133,12 @@ def weight_factor(weight: Expr) -> Expr | None:
     match weight:
         case Prob():
             return Const(1.0)
-        case Apply("mul", (factor, rest)) | Apply("mul", (rest, factor)) if P not in walk(factor):
+        case Apply("mul", (left, right)):
+            factor, rest = (right, left) if P in walk(left) else (left, right)
             inner = weight_factor(rest)
-            return None if inner is None else factor if inner == Const(1.0) else apply("mul", factor, inner)
+            if inner is None or P in walk(factor):
+                return None
+            return factor if inner == Const(1.0) else apply("mul", factor, inner)
     return None
 
 

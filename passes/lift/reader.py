@@ -258,8 +258,11 @@ class Reader:
             case Node() if facts.op_name(argument) in ("item", "_local_scalar_dense"):
                 (source,) = argument.all_input_nodes
                 return self.leaf(source, (Index(),) * facts.rank(source))
-            case Node() | torch.SymInt():
-                return self.size(facts.size_of(argument))
+            case Node() | torch.SymInt() | torch.SymFloat():
+                number = facts.value(argument) if isinstance(argument, Node) else argument
+                if isinstance(number, torch.SymFloat):
+                    raise Unreadable(f"{number.node.expr} is made of sizes, and is no whole number")
+                return self.size(facts.size_of(number))
         raise Unreadable(f"{argument!r} is not a number")
 
     def size(self, size: Size) -> Expr:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnfuse.features import describe, features
-from attnfuse.form import Form, form_of, masked_by
+from attnfuse.form import Form, form_of, masked_by, weight_factor
 from attnfuse.score import Apply, Const, Expr, apply, parse, text
 from attnfuse.spec import AttentionSpec, Captured
 from tests.support.programs import programs
@@ -139,3 +139,12 @@ def test_the_text_of_a_form_reads_back(form: Form) -> None:
 def test_scale_one_is_not_written() -> None:
     assert text(Form(scale=Const(1.0)).expr()) == "s"
     assert form_of(apply("mul", Const(1), parse("s"))) == Form(scale=Const(1))
+
+
+@pytest.mark.parametrize(
+    ("weight", "factor"),
+    [("p", "1.0"), ("p * t0", "t0"), ("t0 * p", "t0"), ("0.5 * (p * t0)", "0.5 * t0"), ("p * p", ""), ("exp(p)", "")],
+)
+def test_what_a_weight_is_multiplied_by_stands_on_either_side(weight: str, factor: str) -> None:
+    found = weight_factor(parse(weight))
+    assert found == (parse(factor) if factor else None)

@@ -8,7 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
+from attnfuse import fuse_graph
+from attnfuse.report import Report
 from tests.support.compare import assert_as_good
 from tests.support.doors import as_module, rewritten
 from tests.support.never_wrong import never_wrong, qkv
@@ -194,3 +197,22 @@ def test_a_gate_of_something_else_is_no_sink(door: str, other: str) -> None:
 
     report = never_wrong(door, attention, *qkv(), torch.randn(4), sites=None)
     assert not any("sink" in site.what for site in report.fused)
+
+
+def test_a_scale_made_of_a_size_that_varies_is_no_bug_of_ours() -> None:
+    """The root of a head's size that is not known is no whole number, and no size."""
+    reports: list[Report] = []
+
+    def backend(gm: GraphModule, inputs: list[Tensor]) -> GraphModule:
+        fused = fuse_graph(gm, inputs, profit=False)
+        reports.append(fused.meta["attnfuse_report"])
+        return fused
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.mT / q.size(-1) ** 0.5, dim=-1) @ v
+
+    given = qkv()
+    torch._dynamo.reset()
+    found = torch.compile(attention, backend=backend, dynamic=True)(*given)
+    torch.testing.assert_close(found, attention(*given))
+    assert not any("bug" in site.reason for report in reports for site in report.refused)
