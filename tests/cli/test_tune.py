@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from attnfuse.candidates import Sizes, problem_of
-from attnfuse.kernels import Problem, choose, cost, lookup, measured
+from attnfuse.kernels import Problem, choose, lookup, measured
+from attnfuse.kernels.cpu import cost
 from attnfuse.kernels.schedule import Schedule
 from attnfuse.target import Target
 from attnfuse.tuning import as_measured, measure, standard

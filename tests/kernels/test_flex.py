@@ -16,8 +16,8 @@ from torch.fx import GraphModule
 from attnfuse import fuse_graph
 from attnfuse.graph.capture import capture
 from attnfuse.graph.text import render
-from attnfuse.kernels import Operand, Problem, choose, cost, lookup
-from attnfuse.kernels.cpu import flex
+from attnfuse.kernels import Operand, Problem, choose, lookup
+from attnfuse.kernels.cpu import cost, flex
 from attnfuse.kernels.cpu.blockmask import BLOCK, block_mask
 from attnfuse.kernels.cpu.calibrate import Speed
 from attnfuse.kernels.rows import Band

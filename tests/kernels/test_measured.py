@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnfuse.kernels import UNFUSED, Problem, choose, cost, digest, lookup, measured
+from attnfuse.kernels import UNFUSED, Problem, choose, digest, lookup, measured
+from attnfuse.kernels.cpu import cost
 from attnfuse.kernels.gluon.tuned import choices
 from attnfuse.kernels.gluon.tuned import measured as measured_choices
 from attnfuse.kernels.measured import Measured, case_of, keep, machine

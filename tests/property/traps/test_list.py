@@ -36,6 +36,9 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "masks: a_fill_that_is_a_tensor",
     ),
     "float32's least number cast to a half type is -inf": ("masks: the_least_float32_is_infinite_in_half_types",),
+    "a type that does not have a number": (
+        "masks: positions_that_a_half_type_does_not_have, bytes_that_change_their_sign",
+    ),
     # --- which keys are kept ---
     "the polarity of a mask": ("masks: polarity_is_read_not_guessed",),
     "a mask of other values than 0 and 1": (
@@ -85,7 +88,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
     "a scale that is a tensor, learned, symbolic, zero or negative": (
         "scale: any_number, a_tensor_along_any_axes, a_tensor_on_the_query, of_a_size_that_is_not_known, learned",
         "scale: a_learned_scale_keeps_its_gradient, negative_after_an_infinite_mask",
-        "scale: zero_after_an_infinite_mask_is_nan",
+        "scale: zero_after_an_infinite_mask_is_nan, a_scale_made_of_a_size_that_varies_is_no_bug_of_ours",
     ),
     "a scale split over query and key, or after the mask": (
         "scale: split_over_query_and_key, after_the_mask, of_the_bias_too",
@@ -114,6 +117,8 @@ TRAPS: dict[str, tuple[str, ...]] = {
     "mutation between the products": (
         "hazards: an_operand_is_changed, a_view_of_the_key_is_changed, a_mask_is_changed_after_it_was_read",
         "hazards: scores_are_changed_in_place, scores_are_changed_through_a_view",
+        "hazards: what_is_written_through_a_view, what_is_written_through_another_input",
+        "hazards: a_broadcast_product_that_is_written_before_it_is_summed",
         "hazards: scores_are_changed_through_a_flat_view, scores_are_changed_after_the_softmax",
         "hazards: weights_are_changed_after_the_product, weights_are_changed_before_the_product",
         "hazards: the_result_is_changed, the_query_is_overwritten_with_the_result, a_cache_is_filled_between",
