@@ -33,7 +33,7 @@ from rich.progress import track
 
 from benchmark import blocks as whole_blocks
 from benchmark import cost as rewriting
-from benchmark import gpu_plot, gpu_table, models
+from benchmark import gpu_plot, gpu_table, hopper_table, models
 from benchmark import hopper as forwards
 from benchmark import hopper_backward as backwards
 from benchmark import hopper_float8 as float8
@@ -133,12 +133,12 @@ def _bench_hopper(only: str, json: Path | None, plot: Path | None) -> None:
     rows: list[forwards.Row] = []
     for row in chain(forwards.hopper(only), float8.float8_rows(only), backwards.backward_rows(only)):
         rows.append(row)
-        err.print(forwards.as_text(rows[-1:]).splitlines()[-1], highlight=False)
+        err.print(hopper_table.as_text(rows[-1:]).splitlines()[-1], highlight=False)
         if json is not None:
-            forwards.save(rows, json)
-    out.print(forwards.as_text(rows), highlight=False)
+            hopper_table.save(rows, json)
+    out.print(hopper_table.as_text(rows), highlight=False)
     if plot is not None:
-        forwards.plot(rows, plot)
+        hopper_table.plot(rows, plot)
 
 
 def _words(listed: str) -> tuple[str, ...]:

@@ -174,9 +174,8 @@ class Gradients:
     def _of_keys(self, sums: Sums) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of key and value, from one launch or from one each."""
         shared, apart = (self.operands.key, self.operands.value), self.launches.values
-        rooms = (_like(x, self.batch, _sum_dtype(x, self.batch)) if need else None
-                 for x, need in zip(shared, self.needs[1:3], strict=True))  # fmt: skip
-        key, value = rooms
+        key, value = (_like(x, self.batch, _sum_dtype(x, self.batch)) if need else None
+                      for x, need in zip(shared, self.needs[1:3], strict=True))  # fmt: skip
         if apart is None:
             self._into_keys(self.launches.keys, key, value, sums)
         if apart is not None and key is not None:
